@@ -1,0 +1,3 @@
+"""unionfs: a FUSE union filesystem in Python."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""POSIX and union semantics. Synchronous, thread-safe, testable without FUSE."""

@@ -1,0 +1,1 @@
+"""Command lines and the control socket. Nobody imports front."""

@@ -1,0 +1,1 @@
+"""Supervisor, worker and journal: the mount outlives its server process."""

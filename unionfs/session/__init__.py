@@ -1,0 +1,1 @@
+"""Transports: how requests reach the core (direct device reads, or pyfuse3)."""

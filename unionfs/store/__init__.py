@@ -1,0 +1,1 @@
+"""Images, layers and containers under a data root."""

@@ -1,0 +1,117 @@
+"""Options, targets and the fixtures `make_union` and `union`; and CI's check that no test was skipped for a new reason."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import limits
+from support.mounts import Maker, Union
+from support.targets import ORACLES, Target
+
+DATA_MODES = ("noopen", "cached", "passthrough")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("unionfs")
+    group.addoption("--driver", default="overlay", help="drivers to test, comma-separated")
+    group.addoption("--session", default="direct", help="sessions to test, comma-separated")
+    group.addoption("--data", default="noopen", help="data modes of the direct session, comma-separated")
+    group.addoption("--against", choices=sorted(ORACLES), help="run the suite on an oracle instead of ours")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs(*features): skip on a target that lacks one of them (see support/limits.py)")
+    config.addinivalue_line("markers", "every_data_mode: run with each data mode of the direct session")
+
+
+def targets(config: pytest.Config, every_data_mode: bool) -> list[Target]:
+    against = config.getoption("--against")
+    if against:
+        return [Target(against)]
+    data = config.getoption("--data").split(",")
+    if every_data_mode:
+        data = list(dict.fromkeys([*data, *DATA_MODES]))
+    found = []
+    for driver in config.getoption("--driver").split(","):
+        for session in config.getoption("--session").split(","):
+            found += [Target(driver, session, mode) for mode in data] if session == "direct" else [Target(driver, session)]
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        every = metafunc.definition.get_closest_marker("every_data_mode") is not None
+        metafunc.parametrize("target", targets(metafunc.config, every), ids=str, scope="session")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if call.when == "call":
+        item.stash[FAILED] = report.failed
+    if report.failed and (maker := item.stash.get(MAKER, None)) is not None:
+        report.sections.append(("unions", "\n\n".join(union.describe() for union in maker.unions)))
+
+
+FAILED = pytest.StashKey[bool]()
+MAKER = pytest.StashKey[Maker]()
+
+
+@pytest.fixture(scope="session")
+def workspace() -> Iterator[Path]:
+    """A directory on a real filesystem that every user may traverse."""
+    base = Path(tempfile.mkdtemp(prefix="unionfs-test-", dir=os.environ.get("UNIONFS_TEST_DIR", "/var/tmp")))
+    base.chmod(0o755)
+    yield base
+    shutil.rmtree(base, ignore_errors=True)
+
+
+@pytest.fixture
+def make_union(request: pytest.FixtureRequest, target: Target, workspace: Path) -> Iterator[Maker]:
+    for marker in request.node.iter_markers("needs"):
+        for feature in marker.args:
+            if reason := target.lacks(feature):
+                pytest.skip(reason)
+    old_umask = os.umask(0o022)
+    base = Path(tempfile.mkdtemp(dir=workspace))
+    base.chmod(0o755)
+    maker = request.node.stash[MAKER] = Maker(base, target)
+    try:
+        yield maker
+        if not request.node.stash.get(FAILED, True):
+            maker.finish()
+    finally:
+        maker.discard()
+        os.umask(old_umask)
+
+
+@pytest.fixture
+def union(make_union: Maker) -> Union:
+    """An empty lower and an empty upper."""
+    return make_union([{}])
+
+
+_skipped: dict[str, set[str]] = {}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        _skipped.setdefault(reason.removeprefix("Skipped: "), set()).add(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI nothing is skipped silently: a reason that support/limits.py doesn't list fails the run."""
+    if os.environ.get("CI") != "true":
+        return
+    new = {reason: tests for reason, tests in _skipped.items() if reason not in limits.accepted()}
+    if new:
+        for reason, tests in new.items():
+            print(f"\nskipped for a reason that tests/support/limits.py does not list: {reason!r}: {sorted(tests)}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,1 @@
+"""Test helpers: describe trees, mount them for real, compare what comes out. Imports nothing of the product."""

@@ -1,0 +1,44 @@
+"""What the suite can run against: one row per driver of ours and per oracle. Driver knowledge of tests lives here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import limits
+
+
+@dataclass(frozen=True)
+class Target:
+    """One way to mount: a driver and session of ours, or an oracle (`driver` is then its name, `session` empty)."""
+
+    driver: str
+    session: str = ""
+    data: str = ""
+
+    def __str__(self) -> str:
+        return "-".join(part for part in (self.driver, self.session, self.data) if part)
+
+    @property
+    def ours(self) -> bool:
+        return self.driver not in ORACLES
+
+    def lacks(self, feature: str) -> str | None:
+        """The reason why this target can't run a test that needs `feature`."""
+        if not self.ours:
+            return ORACLES[self.driver].get(feature)
+        if self.session == "pyfuse3" and feature in limits.PYFUSE3:
+            return limits.PYFUSE3[feature]
+        return DRIVERS[self.driver].get(feature)
+
+
+# Features (words of `needs`) that a driver of ours lacks, with the reason.
+DRIVERS: dict[str, dict[str, str]] = {
+    "overlay": {},
+}
+
+ORACLES: dict[str, dict[str, str]] = {
+    "kernel": limits.KERNEL,
+    "fuse-overlayfs": limits.FUSE_OVERLAYFS,
+}
+
+KERNEL_OPTIONS = "index=on,metacopy=on,redirect_dir=on"

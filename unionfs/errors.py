@@ -6,6 +6,10 @@ errno that the kernel is to return; `MountError` is for the command line.
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 EXIT_OK = 0
 EXIT_FAILURE = 1  # anything not named below
 EXIT_USAGE = 2  # unknown option, missing argument, unknown driver
@@ -28,3 +32,11 @@ class MountError(Exception):
 
 class WouldBlock(Exception):
     """Raised by the core in the fast lane, before any side effect: run the same request in the slow lane."""
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Part of a message about an unknown word: the known one that it looks like, if any does."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, 1, 0.6)
+    return f", did you mean {close[0]}?" if close else ""

@@ -1,0 +1,82 @@
+"""The only place that wires driver to core to session.
+
+`prepare` opens and locks everything that a mount is made of and touches no mountpoint; `make_session` puts a
+transport on it. Imports are local, so that a mount pays for the driver and the session that it uses and no other.
+"""
+
+from __future__ import annotations
+
+from unionfs.errors import EXIT_FAILURE, EXIT_USAGE, MountError, nearest
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from unionfs.api import MountConfig, Operations, Session
+
+# The drivers that come with us, known without asking importlib.metadata (it costs 25 ms). `vfs` and others that
+# are installed later are found by the same path or by entry point.
+BUILT_IN = {
+    "overlay": ("unionfs_drivers.overlay", "OverlayDriver"),
+    "aufs": ("unionfs_drivers.aufs", "AufsDriver"),
+    "row": ("unionfs_drivers.row", "RowDriver"),
+    "vfs": ("unionfs_drivers.vfs", "VfsDriver"),
+}
+
+
+def load_driver(name: str) -> Any:
+    """The driver class of that name: built in, or from the entry-point group `unionfs.drivers`."""
+    import importlib
+
+    if name in BUILT_IN:
+        module, attribute = BUILT_IN[name]
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="unionfs.drivers", name=name):
+        try:
+            return point.load()
+        except Exception as error:
+            raise MountError(f"driver {name}: {point.value} does not load: {error!r}", EXIT_FAILURE) from error
+    known = driver_names()
+    raise MountError(f"unknown driver {name!r}{nearest(name, known)}; known: {', '.join(known)}", EXIT_USAGE)
+
+
+def driver_names() -> list[str]:
+    """What `load_driver` would find, for messages and completion."""
+    import importlib.util
+    from importlib.metadata import entry_points
+
+    names = {name for name, (module, _) in BUILT_IN.items() if importlib.util.find_spec(module)}
+    return sorted(names | {point.name for point in entry_points(group="unionfs.drivers")})
+
+
+def prepare(config: MountConfig) -> Operations:
+    """Opens and locks the layers: after it nothing depends on the paths of `config`. MountError if they don't fit."""
+    driver = load_driver(config.driver)(config)
+    from unionfs.core.ops import UnionOperations
+
+    return UnionOperations(driver)
+
+
+def session_kind(config: MountConfig) -> str:
+    return "direct" if config.session == "auto" else config.session
+
+
+def make_session(fd: int | None, ops: Operations, config: MountConfig) -> Session:
+    """A transport for `ops`: the direct one serves the mounted device `fd`; pyfuse3 mounts by itself."""
+    if session_kind(config) == "direct":
+        from unionfs.session.direct import DirectSession
+
+        assert fd is not None
+        writeback = config.options.get("writeback", "") not in ("0", "off")
+        return DirectSession(fd, ops, data=config.data, writeback=writeback, debug=config.debug)
+    try:
+        from unionfs.session.pyfuse3_session import Pyfuse3Session
+    except ImportError as error:
+        raise MountError(f"--session pyfuse3: {error}: pip install pyfuse3 trio", EXIT_FAILURE) from None
+    return Pyfuse3Session(ops, config)

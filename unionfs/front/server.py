@@ -62,6 +62,7 @@ def run(config: MountConfig) -> int:
             os.close(fd)  # else a server that dies would leave requests waiting for us
         _wait_until_ready(reader, child, config)
         return EXIT_OK
+    os.close(reader)
     code = EXIT_FAILURE
     try:
         os.setsid()
@@ -320,10 +321,20 @@ def _open_log(config: MountConfig) -> int | None:
 
 
 def _open_descriptors() -> list[int]:
+    """What the caller left open for us, beside the standard streams."""
     try:
-        return [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
+        listed = [int(name) for name in os.listdir("/proc/self/fd")]
     except OSError:
-        return []  # no /proc: descriptors that the caller leaks to us stay open
+        return []  # no /proc: such descriptors stay open in the server
+    found = []
+    for fd in listed:
+        try:
+            os.fstat(fd)
+        except OSError:
+            continue  # the one that did the listing: its number is about to be something else's
+        if fd > 2:
+            found.append(fd)
+    return found
 
 
 def _detach_from_caller(log: int | None, inherited: list[int]) -> None:
@@ -333,7 +344,4 @@ def _detach_from_caller(log: int | None, inherited: list[int]) -> None:
     os.dup2(null if log is None else log, 2)
     os.close(null)
     for fd in inherited:
-        try:
-            os.close(fd)
-        except OSError:
-            pass  # the one that listed /proc/self/fd
+        os.close(fd)

@@ -14,7 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 # Where rlimits can't be raised (no CAP_SYS_RESOURCE) podman's own defaults make every container fail.
@@ -31,14 +31,13 @@ def run(
     check: bool = True,
     timeout: float = 180,
     cwd: Path | None = None,
-    text_in: str | None = None,
 ) -> str:
     """Standard output, stripped. A failure shows the command with both its outputs."""
     with subprocess.Popen(
         [str(part) for part in argv],
         env=dict(env) if env is not None else None,
         cwd=cwd,
-        stdin=subprocess.PIPE if text_in is not None else subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -46,7 +45,7 @@ def run(
         start_new_session=True,
     ) as process:
         try:
-            out, err = process.communicate(text_in, timeout=timeout)
+            out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
@@ -159,23 +158,25 @@ def _bootstrap(release: str, tarball: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def containers_environment(root: Path, program: Path, mountopt: Sequence[str] = ()) -> dict[str, str]:
-    """The environment in which podman, buildah and skopeo keep everything below `root` and mount with `program`."""
-    options = f'mountopt = "{",".join(mountopt)}"\n' if mountopt else ""
+def containers_environment(root: Path, program: Path, data: Path | None = None) -> dict[str, str]:
+    """The environment in which podman, buildah and skopeo mount with `program` and keep everything below `data`
+    (`root` unless told); their configuration lies in `root`.
+    """
+    data = data or root
     (root / "storage.conf").write_text(
-        f'[storage]\ndriver = "overlay"\ngraphroot = "{root}/graph"\nrunroot = "{root}/run"\n'
-        f'[storage.options.overlay]\nmount_program = "{program}"\n{options}'
+        f'[storage]\ndriver = "overlay"\nrunroot = "{data}/run"\n'
+        f'graphroot = "{data}/graph"\nrootless_storage_path = "{data}/graph"\n'
+        f'[storage.options.overlay]\nmount_program = "{program}"\n'
     )
     (root / "containers.conf").write_text(
         f'[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "none"\n'
-        f'tmp_dir = "{root}/tmp"\nlock_type = "file"\n'
+        f'tmp_dir = "{data}/tmp"\nlock_type = "file"\n'
         '[containers]\nnetns = "none"\n'
     )
-    (root / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
     return {
         **os.environ,
         "CONTAINERS_STORAGE_CONF": f"{root}/storage.conf",
         "CONTAINERS_CONF": f"{root}/containers.conf",
         "BUILDAH_ISOLATION": "chroot",
-        "TMPDIR": f"{root}",
+        "TMPDIR": str(data),
     }

@@ -62,9 +62,9 @@ class DirectSession:
         """
         self.ops = ops
         self.terms = negotiated
-        self._negotiate = lambda request: handshake.negotiate(
-            request, data=data, writeback=writeback, timeout=timeout, stack_depth=stack_depth
-        )
+        self._asked: dict[str, Any] = {
+            "data": data, "writeback": writeback, "timeout": timeout, "stack_depth": stack_depth,
+        }  # fmt: skip
         self._debug = debug
         self._channel = wire_channel.Channel(fd)
         self._slow = Lane("unionfs-slow", max_threads, self._slow_worker)
@@ -176,7 +176,7 @@ class DirectSession:
             if not size:
                 raise MountError("the mount went away before the kernel said hello", EXIT_FAILURE)
             try:
-                terms, reply = self._negotiate(bytes(buffer[:size]))
+                terms, reply = handshake.negotiate(bytes(buffer[:size]), **self._asked)
             except handshake.Refused as refusal:
                 self._channel.send(refusal.reply)
                 continue

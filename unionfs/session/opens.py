@@ -19,7 +19,10 @@ O_ACCMODE = 3
 
 
 class CachedOpens:
-    """Data goes through the kernel's page cache. Serves O_TMPFILE in the noopen mode, too (it brings no RELEASE there)."""
+    """Data goes through the kernel's page cache.
+
+    In the noopen mode only O_TMPFILE comes here, and the kernel sends no RELEASE for it.
+    """
 
     def __init__(self, ops: Operations) -> None:
         self._ops = ops

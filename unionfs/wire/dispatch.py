@@ -187,17 +187,17 @@ class Dispatcher:
 
     def statx(self, unique: int, nodeid: int, size: int) -> Reply:
         (
-            ino, length, blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns, mode, nlink, uid, gid, rdev, blksize,
-            _,
+            ino, length, blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns, mode, nlink, uid, gid, rdev,
+            blksize, _,
         ) = self.ops.getattr(nodeid)  # fmt: skip
         birth = self.ops.birth_time(nodeid)
         mask = abi.STATX_BASIC_STATS | (abi.STATX_BTIME if birth else 0)
         btime, btime_ns = birth or (0, 0)
         major, minor = rdev >> 8 & 0xFFF, rdev & 0xFF | rdev >> 12 & 0xFFF00  # the kernel's new_encode_dev()
         return abi.STATX_REPLY.pack(
-            abi.STATX_REPLY.size, 0, unique, self.timeout, 0, 0, mask, blksize, 0, nlink, uid, gid, mode, 0, ino, length,
-            blocks, 0, atime, atime_ns, 0, btime, btime_ns, 0, ctime, ctime_ns, 0, mtime, mtime_ns, 0, major, minor,
-            0, 0,
+            abi.STATX_REPLY.size, 0, unique, self.timeout, 0, 0, mask, blksize, 0, nlink, uid, gid, mode, 0, ino,
+            length, blocks, 0, atime, atime_ns, 0, btime, btime_ns, 0, ctime, ctime_ns, 0, mtime, mtime_ns, 0,
+            major, minor, 0, 0,
         )  # fmt: skip
 
     def readlink(self, unique: int, nodeid: int, size: int) -> Reply:

@@ -63,7 +63,8 @@ def request(data: bytes) -> str:
     layout, fields, names = _BODIES.get(opcode, (abi.U64, (), False))
     if fields:
         values = layout.unpack_from(data, abi.IN_HEADER_SIZE)
-        words += [f"{field}={_number(field, value)}" for field, value in zip(fields, values, strict=True) if field != "_"]
+        pairs = zip(fields, values, strict=True)
+        words += [f"{field}={_number(field, value)}" for field, value in pairs if field != "_"]
     if names:
         start = abi.IN_HEADER_SIZE + (layout.size if fields else 0)
         words += [_bytes(name) for name in data[start:].split(b"\0") if name]

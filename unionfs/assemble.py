@@ -73,7 +73,7 @@ def make_session(fd: int | None, ops: Operations, config: MountConfig) -> Sessio
         from unionfs.session.direct import DirectSession
 
         assert fd is not None
-        writeback = config.options.get("writeback", "") not in ("0", "off")
+        writeback = config.options.get("writeback", "off") not in ("0", "off")
         return DirectSession(fd, ops, data=config.data, writeback=writeback, debug=config.debug)
     try:
         from unionfs.session.pyfuse3_session import Pyfuse3Session

@@ -21,6 +21,9 @@ as_root() {
     fi
 }
 
+# What the program itself and its build need. (Debian's pyfuse3 would do on 13, but 12's is too old.)
+BASE_PACKAGES=(fuse3 libfuse3-dev pkg-config gcc libc6-dev ca-certificates python3-venv python3-dev)
+
 missing_packages() {
     local package
     for package; do

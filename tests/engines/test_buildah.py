@@ -47,7 +47,8 @@ def test_three_layers(scratch: Path, env: dict[str, str]) -> None:
     layer("localhost/one:1", "two:1",
           "rm -r /etc/default; mkdir /etc/default; echo only > /etc/default/only; mv /etc/security /etc/moved;"
           "chmod 600 /etc/issue; chown 1:2 /etc/issue; ln -s nowhere /dangling; mkfifo /fifo")
-    layer("localhost/two:1", "three:1", "rm /srv/payload/sub/file; rmdir /srv/payload/sub; echo back > /etc/debian_version")
+    layer("localhost/two:1", "three:1",
+          "rm /srv/payload/sub/file; rmdir /srv/payload/sub; echo back > /etc/debian_version")
 
     container = buildah("from", "--pull-never", "localhost/three:1")
     merged = Path(buildah("mount", container))
@@ -56,8 +57,9 @@ def test_three_layers(scratch: Path, env: dict[str, str]) -> None:
 
     image = json.loads(harness.run("skopeo", "inspect", "--config", "containers-storage:localhost/three:1", env=env))
     assert len(image["rootfs"]["diff_ids"]) == 4
-    harness.run("skopeo", "copy", "--quiet", "containers-storage:localhost/three:1", f"oci:{scratch}/oci:three", env=env)
-    harness.run("umoci", "unpack", "--image", f"{scratch}/oci:three", scratch / "bundle")
+    oci = f"{scratch}/oci:three"
+    harness.run("skopeo", "copy", "--quiet", "containers-storage:localhost/three:1", f"oci:{oci}", env=env)
+    harness.run("umoci", "unpack", "--image", oci, scratch / "bundle")
     check_result(scratch / "bundle" / "rootfs")
 
 

@@ -43,7 +43,8 @@ def docker(scratch: Path, mount_program: Path, debian: Path) -> Iterator[Docker]
         daemon = subprocess.Popen(
             [
                 "dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=fuse-overlayfs",
-                f"--data-root={scratch}/data", f"--exec-root={scratch}/exec", f"--pidfile={scratch}/pid", f"-H={socket}",
+                f"--data-root={scratch}/data", f"--exec-root={scratch}/exec", f"--pidfile={scratch}/pid",
+                f"--host={socket}",
             ],
             env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
         )

@@ -100,3 +100,49 @@ source_digest() {
     (cd "$ROOT" && { echo "$1"; cat pyproject.toml README.md; find unionfs drivers -name '*.py' -print0 | sort -z |
         xargs -0 sha256sum; } | sha256sum)
 }
+
+# minimal_debian CODENAME DIR PACKAGE...: a minbase tree with those packages, unpacked into DIR; made once per machine.
+minimal_debian() {
+    local codename=$1 dir=$2 cache=${XDG_CACHE_HOME:-/var/cache}/unionfs-tests tar mirror work
+    shift 2
+    tar=$cache/clean-$codename.tar
+    if [ ! -e "$tar" ]; then
+        apt_install debootstrap
+        mkdir -p "$cache"
+        work=$(mktemp -d "$cache/clean-XXXXXX")
+        mirror=$(apt-get indextargets --format '$(COMPONENT) $(REPO_URI)' 'Created-By: Packages' |
+            sed -n 's/^main //p' | grep '/debian/*$' | head -n 1)
+        say "debootstrap $codename"
+        debootstrap --variant=minbase --include="$(IFS=,; echo "$*")" "$codename" "$work/tree" \
+            "${mirror:-http://deb.debian.org/debian}" >"$work/log" 2>&1 ||
+            { tail -n 20 "$work/log"; die "debootstrap $codename failed"; }
+        # A machine that reaches its package mirrors through certificates of its own needs them inside as well.
+        cp -r /usr/local/share/ca-certificates/. "$work/tree/usr/local/share/ca-certificates/"
+        chroot "$work/tree" update-ca-certificates >/dev/null 2>&1
+        tar -C "$work/tree" -cf "$work/tar" .
+        mv "$work/tar" "$tar"
+        rm -rf "$work"
+    fi
+    tar -C "$dir" -xf "$tar"
+    cp -L /etc/resolv.conf "$dir/etc/resolv.conf"
+    cp /etc/hosts "$dir/etc/hosts"
+}
+
+# in_tree DIR COMMAND...: runs it with DIR as the root. pivot_root, not chroot: a process in a chroot may not make user
+# namespaces. All that was started and mounted ends with it.
+in_tree() {
+    unshare --mount --pid --fork --kill-child bash -euc '
+        tree=$1; shift
+        mount --bind "$tree" "$tree"
+        cd "$tree"
+        mount -t proc proc proc
+        mount --rbind /sys sys
+        mount --rbind /dev dev
+        mount -t tmpfs tmpfs run
+        mkdir -p .host
+        pivot_root . .host
+        cd /
+        umount -l .host
+        rmdir .host
+        exec "$@"' in_tree "$@"
+}

@@ -114,7 +114,7 @@ minimal_debian() {
             sed -n 's/^main //p' | grep '/debian/*$' | head -n 1)
         say "debootstrap $codename"
         debootstrap --variant=minbase --include="$(IFS=,; echo "$*")" "$codename" "$work/tree" \
-            "${mirror:-http://deb.debian.org/debian}" >"$work/log" 2>&1 ||
+            ${mirror:+"$mirror"} >"$work/log" 2>&1 ||
             { tail -n 20 "$work/log"; die "debootstrap $codename failed"; }
         # A machine that reaches its package mirrors through certificates of its own needs them inside as well.
         cp -r /usr/local/share/ca-certificates/. "$work/tree/usr/local/share/ca-certificates/"

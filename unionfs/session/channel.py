@@ -77,13 +77,7 @@ class Channel:
             pass
 
     def notify(self, message: bytes) -> None:
-        """May wait for requests in flight on the same inode: not for the thread that answers them."""
-        try:
-            os.write(self.fd, message)
-        except OSError as error:
-            # ENOENT, ENOTDIR: the kernel has nothing of the kind cached.
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV):
-                raise
+        notify(self.fd, message)
 
     def open_backing(self, fd: int) -> int:
         """Register an open file for passthrough: its backing id. EPERM without CAP_SYS_ADMIN or INIT's consent."""
@@ -101,6 +95,16 @@ class Channel:
     def close(self) -> None:
         """Let go of what is ours; the device descriptor is its opener's to close."""
         os.close(self._wake)
+
+
+def notify(fd: int, message: bytes) -> None:
+    """May wait for requests in flight on the same inode: not for the thread that answers them."""
+    try:
+        os.write(fd, message)
+    except OSError as error:
+        # ENOENT, ENOTDIR: the kernel has nothing of the kind cached.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENODEV):
+            raise
 
 
 def inval_entry(parent: int, name: bytes) -> bytes:

@@ -62,6 +62,7 @@ VFS_WORDS: dict[str, tuple[int, int]] = {
 _HELPER_WORDS = frozenset(VFS_WORDS) - {"mand", "nomand", "relatime", "strictatime", "lazytime", "nolazytime"}
 _PRIVILEGED_WORDS = frozenset({"suid", "dev"})  # fusermount3 warns about each from a user who isn't root
 
+MS_POSIXACL = 1 << 16  # the kernel's fuse takes it as DONT_MASK, and for nothing else
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 
@@ -74,13 +75,16 @@ def filesystem_type(config: MountConfig) -> str:
     return "fuse." + config.options.get("subtype", "unionfs")
 
 
-def attach(config: MountConfig) -> int:
-    """Mounts an unserved connection on `config.mountpoint` and returns its device descriptor."""
+def attach(config: MountConfig, *, leave_umask: bool = False) -> int:
+    """Mounts an unserved connection on `config.mountpoint` and returns its device descriptor.
+
+    `leave_umask`: for a server that can't ask for DONT_MASK in its INIT reply. fusermount3 can't pass that on.
+    """
     if os.geteuid() != 0:
         return _attach_through_helper(config)
     fd = _open_device()
     try:
-        _mount_directly(fd, config)
+        _mount_directly(fd, config, MS_POSIXACL if leave_umask else 0)
         return fd
     except PermissionError as error:
         os.close(fd)
@@ -165,8 +169,7 @@ def _open_device() -> int:
         ) from None
 
 
-def _mount_directly(fd: int, config: MountConfig) -> None:
-    flags = 0
+def _mount_directly(fd: int, config: MountConfig, flags: int) -> None:
     for word in config.vfs_options:
         bits, cleared = VFS_WORDS[word]
         flags = flags & ~cleared | bits

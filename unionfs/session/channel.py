@@ -90,11 +90,13 @@ class Channel:
     def stop(self) -> None:
         """Make receive return 0, now and for ever. Safe from any thread and from a signal handler."""
         self.stopped = True
-        os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """Let go of what is ours; the device descriptor is its opener's to close."""
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1
+        os.close(wake)
 
 
 def notify(fd: int, message: bytes) -> None:

@@ -67,13 +67,14 @@ class DirectSession:
         }  # fmt: skip
         self._debug = debug
         self._channel = wire_channel.Channel(fd)
+        self._opens: CachedOpens | PassthroughOpens = CachedOpens(ops)
         self._slow = Lane("unionfs-slow", max_threads, self._slow_worker)
         self._notices = Lane("unionfs-notify", 1, lambda: self._channel.notify)
         self._notice = 0
         self._counts: dict[int, int] = {}
         self._received = 0
         self._sent = 0
-        self._slow_sent = 0
+        self._slow_sent: list[list[int]] = []  # one counter for each slow thread
         self._interrupted = 0
         self._started = monotonic()
 
@@ -87,17 +88,14 @@ class DirectSession:
         try:
             if self.terms is None:
                 self.terms = self._handshake()
-            opens = (
-                PassthroughOpens(self.ops, self._channel) if self.terms.data == "passthrough" else CachedOpens(self.ops)
-            )
-            self._opens: CachedOpens | PassthroughOpens = opens
+            if self.terms.data == "passthrough":
+                self._opens = PassthroughOpens(self.ops, self._channel)
             self.ops.start(self)
             try:
                 self.ops.lanes.fast = True
                 on_ready()
-                gc.freeze()
-                sys.setswitchinterval(SWITCH_INTERVAL)
-                self._loop(dispatch.Dispatcher(self.ops, self.terms, opens, fast=True), self.terms)
+                _tune_interpreter()
+                self._loop(dispatch.Dispatcher(self.ops, self.terms, self._opens, fast=True), self.terms)
             finally:
                 self.ops.lanes.fast = False
                 if not self._slow.close(CLOSE_TIMEOUT) or not self._notices.close(1.0):
@@ -152,6 +150,8 @@ class DirectSession:
         assert self.terms is not None
         self.ops.lanes.fast = False
         dispatcher = dispatch.Dispatcher(self.ops, self.terms, self._opens, fast=False)
+        sent = [0]
+        self._slow_sent.append(sent)
 
         def work(request: bytes) -> None:
             _, opcode, unique, nodeid = abi.IN_HEAD.unpack_from(request)
@@ -163,7 +163,7 @@ class DirectSession:
                 reply = dispatch.error_reply(unique, errno.EIO)
             if reply is not None:
                 self._channel.send(reply)
-                self._slow_sent += len(reply)
+                sent[0] += len(reply)
                 if self._debug:
                     self._trace_reply(opcode, reply)
 
@@ -234,8 +234,8 @@ class DirectSession:
             "lanes": {"fast": total - self._slow.submitted, "slow": self._slow.submitted},
             "slow_threads": self._slow.threads,
             "interrupted": self._interrupted,
-            "bytes": {"received": self._received, "sent": self._sent + self._slow_sent},
-            **(self._opens.statistics() if self.terms else {}),
+            "bytes": {"received": self._received, "sent": self._sent + sum(sent for (sent,) in self._slow_sent)},
+            **self._opens.statistics(),
         }
 
     def _trace_request(self, request: bytes) -> None:
@@ -247,3 +247,14 @@ class DirectSession:
         from unionfs.wire import trace
 
         print(trace.reply(opcode, bytes(reply)), file=sys.stderr, flush=True)
+
+
+def _tune_interpreter() -> None:
+    """For a process that does nothing but serve.
+
+    The old generation is never searched for cycles: the core makes none that live long, and looking at a million nodes
+    would stop every request for most of a second.
+    """
+    gc.freeze()
+    gc.set_threshold(700, 10, 1 << 30)
+    sys.setswitchinterval(SWITCH_INTERVAL)

@@ -5,6 +5,8 @@ An inode is in one mode while any open of it exists (the kernel's rule: EIO othe
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 
 from unionfs.wire import abi
@@ -41,6 +43,18 @@ class CachedOpens:
         return {}
 
 
+class _Inode:
+    """An open inode: how often, by which backing id (0: cached), for which file, and whether that may be written."""
+
+    __slots__ = ("backing", "file", "opens", "write")
+
+    def __init__(self, write: bool) -> None:
+        self.opens = 0
+        self.backing = 0
+        self.file: tuple[int, int] | None = None
+        self.write = write
+
+
 class PassthroughOpens:
     """Files with one plain backing descriptor are read and written by the kernel; the rest is cached.
 
@@ -51,7 +65,7 @@ class PassthroughOpens:
         self._ops = ops
         self._channel = channel
         self._lock = threading.Lock()
-        self._open: dict[int, list[int]] = {}  # nodeid: [opens, backing id or 0]; lock: self._lock
+        self._open: dict[int, _Inode] = {}  # by nodeid, while open; lock: self._lock
         self._passed = 0
         self._cached = 0
         self._refused = 0
@@ -62,36 +76,47 @@ class PassthroughOpens:
 
     def created(self, nodeid: int, flags: int) -> tuple[int, int]:
         with self._lock:
-            state = self._open.get(nodeid)
-            first = state is None
-            if state is None:
-                state = self._open[nodeid] = [0, self._register(nodeid, flags & O_ACCMODE != 0)]
-            state[0] += 1
-            if state[1]:
+            write = flags & O_ACCMODE != 0
+            inode = self._open.get(nodeid)
+            first = inode is None
+            if inode is None:
+                inode = self._open[nodeid] = self._register(nodeid, write)
+            elif write and inode.backing and not inode.write:
+                self._check_same(nodeid, inode)
+            inode.opens += 1
+            if inode.backing:
                 self._passed += 1
-                return abi.FOPEN_PASSTHROUGH | abi.FOPEN_NOFLUSH, state[1]
+                return abi.FOPEN_PASSTHROUGH | abi.FOPEN_NOFLUSH, inode.backing
             self._cached += 1
             return (abi.FOPEN_NOFLUSH if first else KEEP), 0
 
-    def _register(self, nodeid: int, write: bool) -> int:
-        """The backing id, 0 for a file that has to be cached."""
-        fd = self._ops.backing_fd(nodeid, write)
-        if fd is None:
-            return 0
+    def _register(self, nodeid: int, write: bool) -> _Inode:
+        inode = _Inode(write)
         try:
-            return self._channel.open_backing(fd)
+            fd = self._ops.backing_fd(nodeid, write)
+            if fd is not None:
+                inode.file = _identity(fd)
+                inode.backing = self._channel.open_backing(fd)
         except OSError:  # ELOOP: the layer is itself stacked too deep
             self._refused += 1
-            return 0
+        return inode
+
+    def _check_same(self, nodeid: int, inode: _Inode) -> None:
+        """Before the kernel is told to write: the file that it reads from must not be a lower one, by any mistake."""
+        fd = self._ops.backing_fd(nodeid, True)
+        if fd is None or _identity(fd) != inode.file:
+            self._ops.release(nodeid)
+            raise OSError(errno.EBUSY, "open for reading by passthrough from another file")
+        inode.write = True
 
     def released(self, nodeid: int) -> None:
         with self._lock:
-            state = self._open[nodeid]
-            state[0] -= 1
-            if not state[0]:
+            inode = self._open[nodeid]
+            inode.opens -= 1
+            if not inode.opens:
                 del self._open[nodeid]
-                if state[1]:
-                    self._channel.close_backing(state[1])
+                if inode.backing:
+                    self._channel.close_backing(inode.backing)
         self._ops.release(nodeid)
 
     def statistics(self) -> dict[str, int]:
@@ -99,5 +124,10 @@ class PassthroughOpens:
             "passthrough_opens": self._passed,
             "cached_opens": self._cached,
             "passthrough_refused": self._refused,
-            "passthrough_inodes": sum(1 for state in list(self._open.values()) if state[1]),
+            "passthrough_inodes": sum(1 for inode in list(self._open.values()) if inode.backing),
         }
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    st = os.fstat(fd)
+    return st.st_dev, st.st_ino

@@ -77,15 +77,19 @@ class Dispatcher:
         """The reply to the request in `self.request[:size]`, None where none is owed. Raises WouldBlock only."""
         try:
             return self.handlers[opcode](unique, nodeid, size)
-        except OSError as error:
-            return error_reply(unique, error.errno)
         except WouldBlock:
             raise
+        except OSError as error:
+            if opcode not in NO_REPLY:
+                return error_reply(unique, error.errno)
+            _report(opcode, nodeid)
         except Exception:
             if opcode not in self.handlers:
                 return error_reply(unique, errno.ENOSYS)
             _report(opcode, nodeid)
-            return None if opcode in NO_REPLY else error_reply(unique, errno.EIO)
+            if opcode not in NO_REPLY:
+                return error_reply(unique, errno.EIO)
+        return None
 
     # --- names ------------------------------------------------------------------------------------------------------
 
@@ -436,5 +440,5 @@ def _split_name(data: bytes) -> tuple[bytes, bytes]:
 def _report(opcode: int, nodeid: int) -> None:
     import traceback
 
-    print(f"unionfs: internal error in {NAMES[opcode]} of node {nodeid}, answered with EIO", file=sys.stderr)
+    print(f"unionfs: internal error in {NAMES[opcode]} of node {nodeid} (EIO)", file=sys.stderr)
     traceback.print_exc(file=sys.stderr)

@@ -7,6 +7,8 @@ and an offset of 2 asks it for the first.
 
 from __future__ import annotations
 
+import errno
+
 from unionfs.wire import abi
 
 TYPE_CHECKING = False
@@ -87,7 +89,9 @@ def inode_flags(ops: Operations, nodeid: int, command: int, data: memoryview) ->
         flags = ops.ioctl_getflags(nodeid)
         return abi.FSXATTR.pack(sum(xflag for xflag, flag in _XFLAGS if flags & flag), 0, 0, 0, 0)
     if command == abi.FS_IOC_FSSETXATTR:
-        xflags = abi.FSXATTR.unpack_from(data)[0]
+        xflags, *others = abi.FSXATTR.unpack_from(data)
+        if any(others) or xflags & ~sum(xflag for xflag, _ in _XFLAGS):  # project ids, extent sizes: not ours to keep
+            raise OSError(errno.EOPNOTSUPP, "inode flags")
         keep = ops.ioctl_getflags(nodeid) & ~sum(flag for _, flag in _XFLAGS)
         ops.ioctl_setflags(nodeid, keep | sum(flag for xflag, flag in _XFLAGS if xflags & xflag))
         return b""

@@ -74,15 +74,12 @@ def workspace() -> Iterator[Path]:
 
 @pytest.fixture
 def make_union(request: pytest.FixtureRequest, target: Target, workspace: Path) -> Iterator[Maker]:
-    for marker in request.node.iter_markers("needs"):
-        for feature in marker.args:
-            if reason := target.lacks(feature):
-                pytest.skip(reason)
     old_umask = os.umask(0o022)
     base = Path(tempfile.mkdtemp(dir=workspace))
     base.chmod(0o755)
     maker = request.node.stash[MAKER] = Maker(base, target)
     try:
+        maker.require(*(feature for marker in request.node.iter_markers("needs") for feature in marker.args))
         yield maker
         if not request.node.stash.get(FAILED, True):
             maker.finish()

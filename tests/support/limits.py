@@ -31,8 +31,11 @@ HOST = {
 KERNEL = {
     "coherent_fd": "the kernel's overlayfs does not show a later write to a descriptor opened before copy-up",
     "ours": "checks something that only our own mount has",
-    "user_metacopy": "the kernel's overlayfs has no metacopy in a user namespace",
-    "metacopy_xattr": "the kernel's overlayfs copies data up for setxattr",
+    "dot_wh": "the kernel's overlayfs knows no .wh. files",
+    "spellings": "the kernel's overlayfs reads one xattr namespace at a time",
+    "many_lowers": "mount(2) takes one page of options",
+    "fine_holes": "the kernel's overlayfs looks for holes once a MiB when it copies up",
+    "dir_nlink": "the kernel's overlayfs reports 1 as the link count of a merged directory",
 }
 FUSE_OVERLAYFS = {
     "coherent_fd": "fuse-overlayfs does not keep descriptors coherent",

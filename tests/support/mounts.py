@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from . import sys as syscalls
 from .targets import KERNEL_OPTIONS, Target
 from .trees import Snapshot, Tree, build, differences, snapshot
@@ -331,6 +333,12 @@ class Maker:
         if mount:
             union.mount()
         return union
+
+    def require(self, *features: str) -> None:
+        """Skips the test, with the reason, on a target that lacks one of the features."""
+        for feature in features:
+            if reason := self.target.lacks(feature):
+                pytest.skip(reason)
 
     def finish(self) -> None:
         for union in reversed(self.unions):

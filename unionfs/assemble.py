@@ -23,6 +23,10 @@ BUILT_IN = {
     "vfs": ("unionfs_drivers.vfs", "VfsDriver"),
 }
 
+# Off unless asked for: with it a full disk is reported at fsync, not by the write that hit it.
+WRITEBACK = "0"
+FOREVER = 1 << 31  # seconds, and more is meant the same
+
 
 def load_driver(name: str) -> Any:
     """The driver class of that name: built in, or from the entry-point group `unionfs.drivers`."""
@@ -73,10 +77,29 @@ def make_session(fd: int | None, ops: Operations, config: MountConfig) -> Sessio
         from unionfs.session.direct import DirectSession
 
         assert fd is not None
-        writeback = config.options.get("writeback", "off") not in ("0", "off")
-        return DirectSession(fd, ops, data=config.data, writeback=writeback, debug=config.debug)
+        options = config.options
+        return DirectSession(
+            fd,
+            ops,
+            data=config.data,
+            writeback=options.get("writeback", WRITEBACK) not in ("0", "off"),
+            debug=config.debug,
+            max_threads=int(_number("max_threads", options.get("max_threads", "16"), 1, 256)),
+            timeout=int(_number("timeout", options["timeout"], 0, FOREVER)) if "timeout" in options else None,
+        )
     try:
         from unionfs.session.pyfuse3_session import Pyfuse3Session
     except ImportError as error:
         raise MountError(f"--session pyfuse3: {error}: pip install pyfuse3 trio", EXIT_FAILURE) from None
     return Pyfuse3Session(ops, config)
+
+
+def _number(name: str, text: str, least: int, most: int) -> float:
+    """fuse-overlayfs takes any float for some of these, and 1e9 is its default timeout."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise MountError(f"-o {name}={text}: not a number", EXIT_USAGE) from None
+    if not value >= least:
+        raise MountError(f"-o {name}={text}: at least {least}", EXIT_USAGE)
+    return min(value, most)

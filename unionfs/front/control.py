@@ -52,16 +52,24 @@ def make_directory() -> str:
                 os.mkdir(path, 0o700)
             except FileExistsError:
                 pass
-            status = os.lstat(path)
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            if not _is_ours(path):
                 raise PermissionError(1, "belongs to someone else")
-            if status.st_mode & 0o077:
-                os.chmod(path, 0o700)
+            os.chmod(path, 0o700)
             if os.access(path, os.W_OK):
                 return path
+            raise PermissionError(1, "read-only")
         except OSError as error:
             reasons.append(f"{path}: {error.strerror}")
     raise MountError(f"no place for the control socket: {'; '.join(reasons)}: set XDG_RUNTIME_DIR", EXIT_FAILURE)
+
+
+def _is_ours(path: str) -> bool:
+    """/tmp is everybody's: what another user put there under our name is not ours to trust or clean."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def socket_path(directory: str, device: int) -> str:
@@ -82,15 +90,14 @@ class ControlServer:
 
     def bind(self, directory: str, device: int) -> None:
         self.path = socket_path(directory, device)
-        # The device number is ours alone while we are mounted: whatever is there was left by a dead server.
-        try:
-            os.unlink(self.path)
-        except FileNotFoundError:
-            pass
+        # Renamed into place when it listens, or `sweep` could take it for a dead one. The device number is ours alone
+        # while we are mounted: whatever has the name was left by a dead server.
+        unfinished = f"{self.path}.{os.getpid()}"
         listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
-        listener.bind(self.path)
-        os.chmod(self.path, 0o600)
+        listener.bind(unfinished)
+        os.chmod(unfinished, 0o600)
         listener.listen(16)
+        os.rename(unfinished, self.path)
         self._socket = listener
 
     def serve(self) -> None:
@@ -196,8 +203,10 @@ def ask(mount: Mount, verb: str, timeout: float | None = None, **arguments: Any)
 
 
 def sweep(directory: str) -> None:
-    """Removes what dead servers left: sockets (and logs) whose device is mounted nowhere that we can see and that
+    """Removes what dead servers left: sockets and logs of a device that is mounted nowhere that we can see, and that
     nobody listens on."""
+    if not _is_ours(directory):
+        return
     live = {socket_path(directory, mount.device) for mount in fuse_mounts()}
     for name in os.listdir(directory):
         path = f"{directory}/{name}"
@@ -218,6 +227,8 @@ def _connect(device: int) -> _socket.socket:
     refused = ""
     for directory in directories():
         path = socket_path(directory, device)
+        if not _is_ours(directory):
+            continue
         try:
             return _connect_path(path)
         except FileNotFoundError:

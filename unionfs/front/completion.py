@@ -62,7 +62,7 @@ def _bash(tables: dict[str, Command]) -> str:
         listed = next((o.flags for o in command.options if o.name == "options"), [])
         lines = [f"    {name})", '      case "$prev" in', *("  " + value for value in values)]
         if files:
-            lines.append(f"        {'|'.join(files)}) compopt -o filenames; COMPREPLY=($(compgen -f -- \"$cur\")); return ;;")
+            lines.append(f"        {'|'.join(files)}) words=@files ;;")
         if listed:
             lines.append(f"        {'|'.join(listed)}) list=1; words=\"$mount_options\" ;;")
         lines += [f'        *) words="{" ".join(options)}" ;;', "      esac ;;"]
@@ -81,7 +81,10 @@ _unionfs() {{
   case "$command" in
 {chr(10).join(cases)}
   esac
-  if [ -n "$list" ]; then
+  if [ "$words" = @files ]; then
+    compopt -o filenames
+    COMPREPLY=($(compgen -f -- "$cur"))
+  elif [ -n "$list" ]; then
     case "$cur" in *,*) head="${{cur%,*}}," cur="${{cur##*,}}" ;; esac
     compopt -o nospace
     COMPREPLY=($(compgen -P "$head" -W "$words" -- "$cur"))

@@ -62,7 +62,8 @@ def _server_of(mount: Mount) -> int | None:
         connection = Connection(mount.device)
     except MountError:
         if mount.fstype not in ("fuse.unionfs", "fuse.fuse-overlayfs"):
-            raise MountError(f"{show(mount.path)} is a mount of {mount.fstype}, not of unionfs", EXIT_NOT_OURS) from None
+            message = f"{show(mount.path)} is a mount of {mount.fstype}, not of unionfs"
+            raise MountError(message, EXIT_NOT_OURS) from None
         return None
     try:
         return os.pidfd_open(connection.server_pid) if connection.server_pid else None

@@ -15,7 +15,6 @@ import os
 import time
 
 from unionfs.errors import (
-    EXIT_BUSY,
     EXIT_FAILURE,
     EXIT_MOUNTPOINT,
     EXIT_NO_FUSE,
@@ -230,8 +229,7 @@ def _attach_through_helper(config: MountConfig) -> int:
         status, said = _run(argv, {**os.environ, "_FUSE_COMMFD": str(theirs.fileno())})
         theirs.close()
         if status != 0:
-            raise MountError(f"cannot mount on {show(config.mountpoint)}: {said or 'fusermount3 failed'}",
-                             _helper_code(said))
+            raise _helper_error(config.mountpoint, said)
         _, ancillary, _, _ = ours.recvmsg(1, _socket.CMSG_SPACE(4))
         for level, kind, payload in ancillary:
             if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
@@ -244,14 +242,26 @@ def _attach_through_helper(config: MountConfig) -> int:
         theirs.close()
 
 
-def _helper_code(said: str) -> int:
-    if "user_allow_other" in said:
-        return EXIT_PERMISSION
-    if "failed to open" in said or "modprobe" in said:
-        return EXIT_NO_FUSE
-    if "bad mount point" in said or "mountpoint" in said.lower():
-        return EXIT_MOUNTPOINT
-    return EXIT_BUSY if "busy" in said else EXIT_PERMISSION
+# What fusermount3 says, what to do about it, and the exit code: the first that fits.
+_HELPER_SAYS = (
+    ("user_allow_other", "put user_allow_other into /etc/fuse.conf, or leave out allow_other", EXIT_PERMISSION),
+    ("could not determine username", "give the user an entry in /etc/passwd", EXIT_PERMISSION),
+    ("no write access", "mount on a directory of your own", EXIT_PERMISSION),
+    ("mounting over filesystem type", "mount on a directory of an ordinary file system", EXIT_MOUNTPOINT),
+    ("too many FUSE filesystems", "unmount some, or raise mount_max in /etc/fuse.conf", EXIT_FAILURE),
+    ("fuse device not found", "modprobe fuse", EXIT_NO_FUSE),
+    ("Operation not permitted", "fusermount3 must be set-uid root, or mount in a user namespace: unshare -Urm",
+     EXIT_PERMISSION),
+    ("Permission denied", "check the owner and mode of it and of /dev/fuse", EXIT_PERMISSION),
+    ("bad mount point", "", EXIT_MOUNTPOINT),
+)  # fmt: skip
+
+
+def _helper_error(mountpoint: bytes, said: str) -> MountError:
+    for words, advice, code in _HELPER_SAYS:
+        if words in said:
+            return MountError(f"cannot mount on {show(mountpoint)}: {said}" + (advice and f": {advice}"), code)
+    return MountError(f"cannot mount on {show(mountpoint)}: {said or 'fusermount3 failed'}", EXIT_FAILURE)
 
 
 def _run(argv: list[str], environment: dict[str, str]) -> tuple[int, str]:
@@ -263,7 +273,7 @@ def _run(argv: list[str], environment: dict[str, str]) -> tuple[int, str]:
     finally:
         os.close(writer)
     with open(reader, encoding="utf-8", errors="replace") as stream:
-        lines = [line.strip().removeprefix("fusermount3: ") for line in stream]
+        lines = [line.strip().removeprefix(f"{argv[0]}: ") for line in stream]
     _, status = os.waitpid(pid, 0)
     return os.waitstatus_to_exitcode(status), "; ".join(line for line in lines if line)
 

@@ -11,36 +11,27 @@ from unionfs.session.mount import show
 class Mount:
     """One line of mountinfo that a FUSE server stands behind."""
 
-    __slots__ = ("device", "fstype", "options", "path", "source")
+    __slots__ = ("device", "fstype", "path", "source")
 
-    def __init__(self, path: bytes, device: int, fstype: str, source: bytes, options: str) -> None:
+    def __init__(self, path: bytes, device: int, fstype: str, source: bytes) -> None:
         self.path = path
         self.device = device
         self.fstype = fstype
         self.source = source
-        self.options = options
 
 
 def fuse_mounts() -> list[Mount]:
     """Every FUSE mount of this mount namespace, in mounting order."""
     found = []
-    with open("/proc/self/mountinfo", "rb") as stream:
-        for line in stream:
-            fields = line.split()
-            separator = fields.index(b"-", 6)
-            fstype = fields[separator + 1]
-            if not fstype.startswith(b"fuse.") or fields[3] != b"/":
-                continue
-            major, _, minor = fields[2].partition(b":")
-            found.append(
-                Mount(
-                    _decode(fields[4]),
-                    os.makedev(int(major), int(minor)),
-                    fstype.decode(),
-                    _decode(fields[separator + 2]),
-                    fields[5].decode(),
-                )
-            )
+    for line in _read_mountinfo():
+        fields = line.split()
+        separator = fields.index(b"-", 6)
+        fstype = fields[separator + 1]
+        if not fstype.startswith(b"fuse.") or fields[3] != b"/":
+            continue
+        major, _, minor = fields[2].partition(b":")
+        device = os.makedev(int(major), int(minor))
+        found.append(Mount(_decode(fields[4]), device, fstype.decode(), _decode(fields[separator + 2])))
     return found
 
 
@@ -62,6 +53,11 @@ def mount_of(path: str) -> tuple[Mount, bytes]:
         if best is not None:
             return best, b"/" + candidate[len(best.path.rstrip(b"/")) :].lstrip(b"/")
     raise MountError(f"{show(os.fsencode(path))} is not on a unionfs mount (see unionfs list)", EXIT_NOT_OURS)
+
+
+def _read_mountinfo() -> list[bytes]:
+    with open("/proc/self/mountinfo", "rb") as stream:
+        return stream.readlines()
 
 
 def _decode(field: bytes) -> bytes:

@@ -1,0 +1,123 @@
+"""Opening and checking layer directories: what every driver does before it mounts.
+
+All errors are MountError: which path, why, what to do. Nothing is changed on disk before all checks have passed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import time
+
+from unionfs.core.layers import FdCache, Layer, LDir, fd_path
+from unionfs.errors import EXIT_BUSY, EXIT_LAYER, EXIT_PERMISSION, MountError
+
+LOCK_WAIT = 3.0  # seconds: a server that was just unmounted needs a moment to go away
+
+
+def show(path: bytes) -> str:
+    return os.fsdecode(path)
+
+
+def fd_budget() -> int:
+    """Directory descriptors that a mount may keep open: a third of what the process may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > 1 << 20:
+        hard = 1 << 20
+    if soft < hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (OSError, ValueError):
+            pass
+    return max(16, min(4096, (soft - 64) // 3))
+
+
+def check_directory(path: bytes, role: str) -> os.stat_result:
+    try:
+        st = os.stat(path)
+    except OSError as e:
+        raise MountError(f"{role} {show(path)}: {e.strerror}; give an existing directory", EXIT_LAYER) from None
+    if not os.path.isdir(path):
+        raise MountError(f"{role} {show(path)}: not a directory", EXIT_LAYER)
+    return st
+
+
+def check_overlap(paths: list[tuple[str, bytes]]) -> None:
+    """Layers must not contain each other: a change in one would show through the other."""
+    seen: dict[bytes, tuple[str, bytes]] = {}
+    real = [(role, path, os.path.realpath(path)) for role, path in paths]
+    for role, path, resolved in real:
+        if resolved in seen:
+            raise MountError(f"{role} {show(path)}: is also {seen[resolved][0]}; name each directory once", EXIT_LAYER)
+        seen[resolved] = (role, path)
+    for role, path, resolved in real:
+        up = os.path.dirname(resolved)
+        while True:
+            if up in seen and up != resolved:
+                other, at = seen[up]
+                raise MountError(f"{role} {show(path)}: lies inside {other} {show(at)}; move one of them", EXIT_LAYER)
+            if up == os.path.dirname(up):
+                break
+            up = os.path.dirname(up)
+
+
+def open_layer(index: int, path: bytes, role: str, writable: bool, cache: FdCache) -> Layer:
+    try:
+        return Layer(index, path, writable, cache)
+    except OSError as e:
+        raise MountError(f"{role} {show(path)}: can't be opened: {e.strerror}", EXIT_PERMISSION) from None
+
+
+def lock(ldir: LDir, role: str, path: bytes) -> None:
+    """Keep other mounts off a writable directory; the lock goes with the last descriptor of this server."""
+    deadline = time.monotonic() + LOCK_WAIT
+    while True:
+        try:
+            fcntl.flock(ldir.open().n, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EACCES):
+                return  # a filesystem without locks: nothing to hold
+        if time.monotonic() > deadline:
+            raise MountError(
+                f"{role} {show(path)}: in use by another mount; unmount that one first (`unionfs list` shows it)", EXIT_BUSY
+            )
+        time.sleep(0.02)
+
+
+def open_work(layer: Layer, path: bytes, fresh: bool, cache: FdCache) -> tuple[LDir, Layer]:
+    """work/ (as the kernel's overlayfs lays it out: work/work for scratch), emptied of what a dead server left."""
+    try:
+        os.makedirs(path, 0o700, exist_ok=True)
+        holder = Layer(layer.index, path, True, cache)
+        lock(holder.root, "work", path)
+        try:
+            os.mkdir(b"work", 0o700, dir_fd=holder.root.open().n)
+        except FileExistsError:
+            pass
+    except OSError as e:
+        if fresh:
+            try:
+                os.rmdir(path)
+            except OSError:
+                pass
+        raise MountError(f"work {show(path)}: {e.strerror}; give a writable directory beside upper", EXIT_PERMISSION) from None
+    scratch = holder.root.child(b"work")
+    empty(scratch)
+    return scratch, holder
+
+
+def empty(ldir: LDir) -> None:
+    """Remove everything inside a directory of ours."""
+    fd = ldir.open()
+    for name in os.listdir(fd_path(fd)):
+        try:
+            os.unlink(name, dir_fd=fd.n)
+        except IsADirectoryError:
+            inner = ldir.child(name)
+            empty(inner)
+            inner.fd = None
+            os.rmdir(name, dir_fd=fd.n)

@@ -1,0 +1,528 @@
+"""The overlay driver: the kernel overlayfs's format, in its own layers and in those of its relatives.
+
+Whiteouts are character devices 0:0, or `.wh.NAME` files where mknod is refused; marks are `trusted.overlay.*` xattrs,
+or `user.overlay.*` without the privilege. Read in any layer: both namespaces, `.wh.` files, `.wh..wh..opq`,
+`user.fuseoverlayfs.opaque`, and xattr whiteouts (kernel 6.7). Format: Documentation/filesystems/overlayfs.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from stat import S_ISCHR, S_ISDIR
+
+from unionfs.api import MountConfig
+from unionfs.core.driver import NO_MARKS, Driver, FileMarks, Marks
+from unionfs.core.layers import Fd, FdCache, Layer, LDir, fd_path
+from unionfs.errors import EXIT_LAYER, EXIT_PERMISSION, EXIT_USAGE, MountError
+from unionfs.sysio import RENAME_EXCHANGE, RENAME_WHITEOUT, renameat2
+from unionfs_drivers import branches, origin
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from unionfs.core.driver import Probe
+
+WH = b".wh."
+WH_OPAQUE = b".wh..wh..opq"
+MAX_LOWERS = 500
+_PREFIXES = ("trusted.overlay.", "user.overlay.")
+_FUSE_OVERLAYFS = "user.fuseoverlayfs."
+_INO = "unionfs.ino"
+_NESTED = "unionfs.whiteout"
+
+
+def flag(options: dict[str, str], name: str, default: bool) -> bool:
+    value = options.get(name)
+    if value is None:
+        return default
+    if value in ("", "on", "1", "yes", "true"):
+        return True
+    if value in ("off", "0", "no", "false", "nofollow"):
+        return False
+    raise MountError(f"{name}={value}: must be on or off", EXIT_USAGE)
+
+
+class OverlayDriver(Driver):
+    name = "overlay"
+    options = {  # noqa: RUF012
+        "redirect_dir": "on|off: rename directories of lower layers by a redirect (default on; off: EXDEV)",
+        "metacopy": "on|off: a change of a big file's metadata copies no data (default on)",
+        "index": "on|off: hard links of lower files stay linked over copy-up (default on)",
+        "volatile": "sync nothing: fast, and lost in a power cut",
+        "fsync": "0: same as volatile",
+        "xino": "accepted: inode numbers are always made distinct",
+        "userxattr": "marks in user.overlay.* xattrs even with the privilege for trusted.overlay.*",
+        "uidmapping": "ID:DISK_ID:LENGTH:…: owners in the mount and on disk",
+        "gidmapping": "ID:DISK_ID:LENGTH:…: groups in the mount and on disk",
+        "squash_to_root": "everything belongs to root",
+        "squash_to_uid": "UID: everything belongs to that user",
+        "squash_to_gid": "GID: everything belongs to that group",
+        "static_nlink": "directories have a link count of 1 (no need to list them to know)",
+        "noacl": "no POSIX ACLs",
+        "noxattrs": "1: no extended attributes for users",
+        "xattr_permissions": "0|1|2: owner and mode are kept in an xattr (2: user.containers.override_stat)",
+    }
+
+    def __init__(self, config: MountConfig) -> None:
+        super().__init__(config)
+        self.fds = FdCache(branches.fd_budget())
+        self.ino_bases: dict[int, int] = {}
+        self.prefix = "trusted.overlay."
+        self.has_xattrs = True
+        self.wh_files = False  # whiteouts of ours are .wh. files
+        self.index_entries: set[bytes] = set()
+        self._index: LDir | None = None
+        self._holder: Layer | None = None
+        self._open_layers(config)
+        self.bottom = len(self.layers) - 1
+        self.ino_bases = origin.device_bases(self.layers)
+        self.redirects = flag(config.options, "redirect_dir", True) and self.has_xattrs
+        self.metacopy = flag(config.options, "metacopy", True) and self.has_xattrs and self.redirects
+        self.volatile = flag(config.options, "volatile", False) or not flag(config.options, "fsync", True)
+        if not self.read_only:
+            self._open_index(flag(config.options, "index", True) and self.has_xattrs)
+
+    # --- opening ---
+
+    def _open_layers(self, config: MountConfig) -> None:
+        if not config.lowers and config.upper is None:
+            raise MountError("no layers: give --lower, or --lower and --upper", EXIT_USAGE)
+        if len(config.lowers) > MAX_LOWERS:
+            raise MountError(f"{len(config.lowers)} lower directories: at most {MAX_LOWERS} are supported", EXIT_USAGE)
+        roles = [("lower", path) for path in config.lowers]
+        for role, path in roles:
+            branches.check_directory(path, role)
+        if config.upper is not None:
+            upper = branches.check_directory(config.upper, "upper")
+            roles.append(("upper", config.upper))
+            assert config.work is not None
+            roles.append(("work", config.work))
+            self._check_work(config.work, upper)
+        branches.check_overlap(roles)
+        fresh = config.work is not None and not os.path.exists(config.work)
+        if config.upper is not None:
+            top = branches.open_layer(0, config.upper, "upper", not config.read_only, self.fds)
+            self.layers.append(top)
+            if config.read_only:
+                self.read_only = True
+            else:
+                assert config.work is not None
+                branches.lock(top.root, "upper", config.upper)
+                top.work, self._holder = branches.open_work(top, config.work, fresh, self.fds)
+                self._probe_upper(top)
+        for path in config.lowers:
+            self.layers.append(branches.open_layer(len(self.layers), path, "lower", False, self.fds))
+
+    @staticmethod
+    def _check_work(work: bytes, upper: os.stat_result) -> None:
+        parent = work if os.path.isdir(work) else os.path.dirname(work)
+        st = branches.check_directory(parent, "work")
+        if st.st_dev != upper.st_dev:
+            raise MountError(
+                f"work {branches.show(work)}: on another filesystem than upper; give a directory beside upper", EXIT_LAYER
+            )
+
+    def _probe_upper(self, top: Layer) -> None:
+        """What the upper's filesystem and our rights allow."""
+        work = top.work
+        assert work is not None
+        fd = work.open()
+        try:
+            os.mkdir(b"#probe", 0o700, dir_fd=fd.n)
+        except OSError as e:
+            raise MountError(
+                f"upper {branches.show(top.path)}: not writable: {e.strerror}; leave out upper for a read-only mount",
+                EXIT_PERMISSION,
+            ) from None
+        candidates = _PREFIXES[1:] if "userxattr" in self.config.options else _PREFIXES
+        for prefix in candidates:
+            try:
+                os.setxattr(fd_path(fd, b"#probe"), prefix + "opaque", b"y")
+                self.prefix = prefix
+                break
+            except OSError:
+                continue
+        else:
+            self.has_xattrs = False
+        os.rmdir(b"#probe", dir_fd=fd.n)
+        self.wh_files = bool(os.environ.get("FUSE_OVERLAYFS_DISABLE_OVL_WHITEOUT"))
+        if not self.wh_files:
+            try:
+                os.mknod(b"#probe", 0o020000, 0, dir_fd=fd.n)
+                os.unlink(b"#probe", dir_fd=fd.n)
+            except OSError:
+                self.wh_files = True
+
+    def _open_index(self, wanted: bool) -> None:
+        holder = self._holder
+        assert holder is not None
+        if not wanted or not all(origin.supported(layer.root) for layer in self.layers[1:]):
+            return
+        try:
+            os.mkdir(b"index", 0o700, dir_fd=holder.root.open().n)
+        except FileExistsError:
+            pass
+        self._index = holder.root.child(b"index")
+        self._index.impure = True
+        self.index_entries = set(os.listdir(fd_path(self._index.open())))
+        self.index = True
+
+    def stop(self) -> None:
+        for layer in (*self.layers, *((self._holder,) if self._holder is not None else ())):
+            layer.root.fd = None  # the locks go with the descriptors
+
+    # --- reading ---
+
+    def probe(self, ldir: LDir, name: bytes) -> Probe:
+        try:
+            st = os.stat(name, dir_fd=(ldir.fd or ldir.open()).n, follow_symlinks=False)
+        except FileNotFoundError:
+            if ldir.layer.index != self.bottom and self._wh_beside(ldir, name):
+                return False
+            return None
+        mode = st.st_mode
+        if mode & 0o170000 == 0o020000 and st.st_rdev == 0:
+            return False
+        if ldir.xwhiteouts and mode & 0o170000 == 0o100000 and not st.st_size and self._xattr_whiteout(ldir, name):
+            return False
+        return st
+
+    @staticmethod
+    def _wh_beside(ldir: LDir, name: bytes) -> bool:
+        if len(name) > 251:
+            return False
+        return os.access(WH + name, os.F_OK, dir_fd=ldir.open().n, follow_symlinks=False)
+
+    @staticmethod
+    def _xattr_whiteout(ldir: LDir, name: bytes) -> bool:
+        names = os.listxattr(fd_path(ldir.open(), name), follow_symlinks=False)
+        return any(prefix + "whiteout" in names for prefix in _PREFIXES)
+
+    def scan(self, ldir: LDir) -> tuple[list[tuple[bytes, bool]], list[bytes]]:
+        entries: list[tuple[bytes, bool]] = []
+        whiteouts: list[bytes] = []
+        # a descriptor of its own: a shared one would share its position with other threads
+        fd = Fd(os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=ldir.open().n))
+        with os.scandir(fd.n) as it:
+            for entry in it:
+                name = os.fsencode(entry.name)
+                if name.startswith(WH):
+                    if name != WH_OPAQUE:
+                        whiteouts.append(name[len(WH) :])
+                elif entry.is_dir(follow_symlinks=False):
+                    entries.append((name, True))
+                elif entry.is_symlink() or (entry.is_file(follow_symlinks=False) and not ldir.xwhiteouts):
+                    entries.append((name, False))
+                else:
+                    st = self.probe(ldir, name)
+                    if st:
+                        entries.append((name, S_ISDIR(st.st_mode)))
+                    elif st is False:
+                        whiteouts.append(name)
+        return entries, whiteouts
+
+    def marks(self, ldir: LDir) -> Marks:
+        fd = ldir.open()
+        opaque = False
+        redirect: bytes | None = None
+        impure = False
+        for name in self._listxattr(fd_path(fd), True):
+            key = _key(name)
+            if key == "opaque":
+                value = os.getxattr(fd_path(fd), name)
+                if value == b"x":
+                    ldir.xwhiteouts = True
+                elif value == b"y":
+                    opaque = True
+            elif key == "redirect":
+                redirect = os.getxattr(fd_path(fd), name)
+            elif key == "impure":
+                impure = True
+        ldir.impure = impure
+        if not opaque and os.access(WH_OPAQUE, os.F_OK, dir_fd=fd.n, follow_symlinks=False):
+            opaque = True
+        return Marks(opaque, redirect) if opaque or redirect is not None else NO_MARKS
+
+    @staticmethod
+    def _listxattr(path: bytes, follow: bool) -> list[str]:
+        try:
+            return os.listxattr(path, follow_symlinks=follow)
+        except OSError as e:
+            if e.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                return []
+            raise
+
+    def file_marks(self, ldir: LDir, name: bytes) -> FileMarks | None:
+        if ldir.impure is None:
+            self.marks(ldir)
+        if not ldir.impure:
+            return None
+        fd = ldir.open()
+        path = fd_path(fd, name)
+        marks: FileMarks | None = None
+        for xattr in self._listxattr(path, False):
+            key = _key(xattr)
+            if key is None:
+                continue
+            if marks is None:
+                marks = FileMarks()
+            value = os.getxattr(path, xattr, follow_symlinks=False)
+            if key == _INO:
+                marks.ino = int(value)
+            elif key == "origin" and marks.ino is None:
+                marks.ino = origin.shown_ino(value, self.layers, self.ino_bases)
+            elif key == "metacopy":
+                marks.metacopy = True
+            elif key == "redirect":
+                marks.redirect = value
+            elif key == "nlink":
+                marks.index_delta = _nlink_delta(value)
+            elif key == _NESTED:
+                marks.nested_whiteout = True
+        return marks
+
+    def reserved(self, name: bytes) -> bool:
+        return name.startswith(WH)
+
+    # --- recording ---
+
+    def whiteout(self, ldir: LDir, name: bytes) -> None:
+        if self.wh_files:
+            os.close(os.open(WH + name, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=ldir.open().n))
+        else:
+            os.mknod(name, 0o020000, 0, dir_fd=ldir.open().n)
+
+    def is_whiteout(self, ldir: LDir, name: bytes) -> bool:
+        try:
+            st = os.stat(name, dir_fd=ldir.open().n, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return S_ISCHR(st.st_mode) and st.st_rdev == 0
+
+    def swap_for_whiteout(self, ldir: LDir, name: bytes, is_dir: bool) -> None:
+        fd = ldir.open()
+        if self.wh_files:
+            self.whiteout(ldir, name)  # beside the entry it does nothing yet
+            if is_dir:
+                self.remove_dir(ldir, name)
+            else:
+                os.unlink(name, dir_fd=fd.n)
+            return
+        work = self.layers[0].work
+        assert work is not None
+        wfd = work.open()
+        tmp = self._tmp()
+        os.mknod(tmp, 0o020000, 0, dir_fd=wfd.n)
+        try:
+            if is_dir:
+                renameat2(wfd.n, tmp, fd.n, name, RENAME_EXCHANGE)
+            else:
+                os.rename(tmp, name, src_dir_fd=wfd.n, dst_dir_fd=fd.n)
+        except OSError:
+            os.unlink(tmp, dir_fd=wfd.n)
+            raise
+        if is_dir:
+            self._dispose(work, tmp)
+
+    def _tmp(self) -> bytes:
+        self._tmp_count = getattr(self, "_tmp_count", 0) + 1
+        return b"#w%x" % self._tmp_count
+
+    def _dispose(self, work: LDir, tmp: bytes) -> None:
+        """Remove a directory that holds only whiteouts and markers; what resists goes at the next mount."""
+        gone = work.child(tmp)
+        try:
+            branches.empty(gone)
+            gone.fd = None
+            os.rmdir(tmp, dir_fd=work.open().n)
+        except OSError:
+            pass
+
+    def publish(self, work: LDir, tmp: bytes, ldir: LDir, name: bytes, is_dir: bool) -> None:
+        wfd, fd = work.open(), ldir.open()
+        try:
+            os.rename(tmp, name, src_dir_fd=wfd.n, dst_dir_fd=fd.n)
+        except NotADirectoryError:  # a directory takes the place of a whiteout
+            renameat2(wfd.n, tmp, fd.n, name, RENAME_EXCHANGE)
+            os.unlink(tmp, dir_fd=wfd.n)
+        self.drop_whiteout_beside(ldir, name)
+
+    def move(self, src: LDir, name: bytes, dst: LDir, newname: bytes, leave_whiteout: bool, is_dir: bool) -> None:
+        sfd, dfd = src.open(), dst.open()
+        if self.wh_files:
+            if leave_whiteout:
+                self.whiteout(src, name)
+            os.rename(name, newname, src_dir_fd=sfd.n, dst_dir_fd=dfd.n)
+            self.drop_whiteout_beside(dst, newname)
+            return
+        if is_dir and self.is_whiteout(dst, newname):
+            renameat2(sfd.n, name, dfd.n, newname, RENAME_EXCHANGE)
+            if not leave_whiteout:
+                os.unlink(name, dir_fd=sfd.n)
+            return
+        if not leave_whiteout:
+            os.rename(name, newname, src_dir_fd=sfd.n, dst_dir_fd=dfd.n)
+            return
+        try:
+            renameat2(sfd.n, name, dfd.n, newname, RENAME_WHITEOUT)
+        except OSError as e:
+            if e.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
+                raise
+            os.rename(name, newname, src_dir_fd=sfd.n, dst_dir_fd=dfd.n)
+            os.mknod(name, 0o020000, 0, dir_fd=sfd.n)
+
+    def beside_whiteout(self, ldir: LDir, name: bytes) -> bool:
+        return self.wh_files and self._wh_beside(ldir, name)
+
+    def drop_whiteout_beside(self, ldir: LDir, name: bytes) -> None:
+        if self.wh_files:
+            try:
+                os.unlink(WH + name, dir_fd=ldir.open().n)
+            except FileNotFoundError:
+                pass
+
+    def make_nested_whiteout(self, dirfd: int, name: bytes) -> None:
+        if not self.has_xattrs:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0, dir_fd=dirfd)
+        try:
+            os.setxattr(fd, self.prefix + _NESTED, b"y")
+        finally:
+            os.close(fd)
+
+    def set_opaque(self, ldir: LDir, name: bytes) -> None:
+        path = fd_path(ldir.open(), name)
+        if self.has_xattrs:
+            os.setxattr(path, self.prefix + "opaque", b"y", follow_symlinks=False)
+        else:
+            os.close(os.open(path + b"/" + WH_OPAQUE, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+
+    def set_redirect(self, ldir: LDir, name: bytes, path: bytes) -> None:
+        if not self.redirects:
+            super().set_redirect(ldir, name, path)
+        os.setxattr(fd_path(ldir.open(), name), self.prefix + "redirect", path, follow_symlinks=False)
+
+    def clear_dir(self, ldir: LDir, name: bytes) -> None:
+        inner = ldir.child(name)
+        fd = inner.open()
+        for entry in os.listdir(fd_path(fd)):
+            os.unlink(entry, dir_fd=fd.n)
+        inner.fd = None
+
+    def remove_dir(self, ldir: LDir, name: bytes) -> None:
+        work = self.layers[0].work
+        assert work is not None
+        tmp = self._tmp()
+        os.rename(name, tmp, src_dir_fd=ldir.open().n, dst_dir_fd=work.open().n)
+        self._dispose(work, tmp)
+
+    def mark_copy(self, path: bytes, source: LDir, name: bytes, ino: int, follow: bool) -> None:
+        if not self.has_xattrs:
+            return
+        shown: int | None = None
+        try:
+            value = origin.encode(source, name)
+            os.setxattr(path, self.prefix + "origin", value, follow_symlinks=follow)
+            shown = origin.shown_ino(value, self.layers, self.ino_bases)
+        except OSError as e:
+            if e.errno not in (errno.EOPNOTSUPP, errno.EPERM, errno.EOVERFLOW):
+                raise
+            if not follow:  # a symlink or device of an ordinary user can't have user.* xattrs
+                return
+        if shown != ino:
+            os.setxattr(path, self.prefix + _INO, b"%d" % ino, follow_symlinks=follow)
+
+    def mark_impure(self, ldir: LDir) -> None:
+        if self.has_xattrs:
+            os.setxattr(fd_path(ldir.open()), self.prefix + "impure", b"y")
+            ldir.impure = True
+
+    def mark_metacopy(self, path: bytes, redirect: bytes, follow: bool) -> None:
+        os.setxattr(path, self.prefix + "redirect", redirect, follow_symlinks=follow)
+        os.setxattr(path, self.prefix + "metacopy", b"", follow_symlinks=follow)
+
+    def clear_metacopy(self, fd: int) -> None:
+        for prefix in _PREFIXES:
+            for key in ("metacopy", "redirect"):
+                try:
+                    os.removexattr(fd, prefix + key)
+                except OSError as e:
+                    if e.errno not in (errno.ENODATA, errno.EPERM, errno.EOPNOTSUPP):
+                        raise
+
+    # --- hard links over copy-up ---
+
+    def index_dir(self, layer: Layer) -> LDir | None:
+        return self._index
+
+    def index_name(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
+        try:
+            return origin.encode(source, name).hex().encode()
+        except OSError:
+            return None
+
+    def index_find(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
+        if not self.index_entries:
+            return None
+        entry = self.index_name(source, name, st)
+        return entry if entry in self.index_entries else None
+
+    def index_added(self, entry: bytes) -> None:
+        self.index_entries.add(entry)
+
+    def index_removed(self, entry: bytes) -> None:
+        self.index_entries.discard(entry)
+
+    def set_nlink_delta(self, path: bytes, delta: int) -> None:
+        os.setxattr(path, self.prefix + "nlink", b"U%+d" % delta, follow_symlinks=b"/" not in path[14:])
+
+    # --- xattrs and people ---
+
+    def xattr_in(self, name: bytes) -> bytes | None:
+        """A user's own overlay marks (of an overlay stacked on this mount) are escaped as the kernel does it."""
+        for prefix in (b"trusted.overlay.", b"user.overlay."):
+            if name.startswith(prefix):
+                return prefix + b"overlay." + name[len(prefix) :]
+        if name.startswith(_FUSE_OVERLAYFS.encode()):
+            return None
+        return name
+
+    def xattr_out(self, name: str) -> bytes | None:
+        for prefix in _PREFIXES:
+            if name.startswith(prefix):
+                rest = name[len(prefix) :]
+                return os.fsencode(prefix + rest[8:]) if rest.startswith("overlay.") else None
+        return os.fsencode(name)
+
+    def name_max(self, native: int) -> int:
+        return min(native, 255 - len(WH)) if self.wh_files else native
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "whiteouts": ".wh. files" if self.wh_files else "character devices 0:0",
+            "xattrs": self.prefix + "*" if self.has_xattrs else "none",
+            "redirect_dir": self.redirects,
+            "metacopy": self.metacopy,
+            "index": self.index,
+            "volatile": self.volatile,
+        }
+
+
+def _key(name: str) -> str | None:
+    """The overlay mark that an xattr is, None for users' own."""
+    for prefix in (*_PREFIXES, _FUSE_OVERLAYFS):
+        if name.startswith(prefix):
+            key = name[len(prefix) :]
+            return None if key.startswith(("overlay.", "security.")) else key
+    return None
+
+
+def _nlink_delta(value: bytes) -> int | None:
+    text = value[1:].decode("ascii", "replace")
+    if value[:1] == b"U" and text[:1] in "+-" and text[1:].isdigit():
+        return int(text)
+    return None
+
+

@@ -1,0 +1,234 @@
+"""State shared by all of the core's topics, and the steps that every operation starts with.
+
+`UnionOperations` is one class in several files, a topic each, in a line of inheritance (base, lookup, listing,
+copyup, create, removal, rename, data, attributes, inspect). Threads: the kernel serialises namespace operations per
+directory and attribute changes per inode; what it does not know of is ours: copy-up of a node (`_claim`) and of its
+parent directories (`tree_lock`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from stat import S_IFMT
+
+from unionfs.api import Attr, Entry, Notifier
+from unionfs.core.driver import Driver
+from unionfs.core.idmap import IdMap
+from unionfs.core.layers import Fd, LDir, fd_path
+from unionfs.core.nodes import Dir, Node, NodeTable
+from unionfs.errors import WouldBlock
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_NS = 1_000_000_000
+
+
+def fail(code: int, what: bytes | None = None) -> OSError:
+    return OSError(code, os.strerror(code), what)
+
+
+class OpenFile:
+    """An open data descriptor of a node; closed with its last reference."""
+
+    __slots__ = ("n", "writable")
+
+    def __init__(self, n: int, writable: bool) -> None:
+        self.n = n
+        self.writable = writable
+
+    def __del__(self) -> None:
+        try:
+            os.close(self.n)
+        except OSError:
+            pass
+
+
+class Base:
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.lanes: Any = threading.local()
+        self.notifier: Notifier | None = None
+        self.idmap = IdMap(driver.config)
+        # Files whose filesystem differs from the bottom layer's get a number in the top byte of st_ino.
+        self.ino_base: dict[int, int] = {}
+        for layer in reversed(driver.layers):
+            self.ino_base.setdefault(layer.st_dev, len(self.ino_base) << 56)
+        top = driver.layers[0].root
+        root = Dir(None, b"", [layer.root for layer in driver.layers], 1)
+        bottom = os.fstat(root.ldirs[-1].open().n)
+        root.ino = self.ino_of(bottom)
+        self.root = root
+        self.table = NodeTable(root)
+        self.slots = self.table.slots
+        self.files: dict[int, OpenFile] = {}
+        self.file_limit = max(64, driver.fds.limit)
+        self.tree_lock = threading.RLock()
+        self.bottom = len(driver.layers) - 1
+        self.merged: dict[Dir, int] = {}  # directories whose names are remembered, oldest first
+        self.merged_names = 0
+        self.copying: dict[Node, threading.Event] = {}
+        self.nowait = True  # reads may ask for cached bytes only
+        self.copied_up = 0  # bytes
+        self.copied_files = 0
+        self.fsuid = os.geteuid()
+        self.fsgid = os.getegid()
+        self.static_nlink = "static_nlink" in driver.config.options
+        self._tmp = 0
+        self._apply_marks(root, top)
+
+    def _apply_marks(self, root: Dir, top: LDir) -> None:
+        """The root may be opaque too (an upper that hides all lowers)."""
+        for i, ldir in enumerate(root.ldirs[:-1]):
+            if self.driver.marks(ldir).opaque:
+                del root.ldirs[i + 1 :]
+                return
+
+    # --- life ---
+
+    def start(self, notifier: Notifier) -> None:
+        self.notifier = notifier
+        self.driver.start()
+
+    def stop(self) -> None:
+        self.files.clear()
+        self.driver.stop()
+
+    # --- nodes ---
+
+    def _node(self, nodeid: int) -> Node:
+        try:
+            node = self.slots[nodeid]
+        except IndexError:
+            node = None
+        if node is None:
+            raise fail(errno.ESTALE)
+        return node
+
+    def _dir(self, nodeid: int) -> Dir:
+        node = self.slots[nodeid]
+        if not isinstance(node, Dir):
+            raise fail(errno.ENOTDIR if node else errno.ESTALE)
+        return node
+
+    def forget(self, nodeid: int, nlookup: int) -> None:
+        node = self.slots[nodeid]
+        if node is None:
+            return
+        node.nlookup -= nlookup
+        if node.nlookup <= 0 and nodeid != 1:
+            if isinstance(node, Dir):
+                if node.children:
+                    return
+            elif node in self.copying:
+                return  # the copier drops it
+            self.files.pop(nodeid, None)
+            self.table.drop(node)
+
+    def ino_of(self, st: os.stat_result) -> int:
+        """The st_ino to show for a file that was never copied up."""
+        base = self.ino_base.get(st.st_dev)
+        if base is None:  # another filesystem mounted inside a layer
+            base = self.ino_base[st.st_dev] = len(self.ino_base) << 56
+        ino = st.st_ino
+        if base and ino >> 56:
+            ino = (ino ^ ino >> 56 << 24) & ((1 << 56) - 1)
+        return base + ino
+
+    # --- where a node is on disk ---
+
+    def _stat(self, node: Node) -> os.stat_result:
+        more = node.more
+        if more is not None and more.pin is not None:
+            return os.fstat(more.pin.n)
+        if isinstance(node, Dir):
+            return os.fstat(node.ldirs[0].open().n)
+        if more is not None and more.index is not None:
+            return os.stat(more.index, dir_fd=node.ldir.open().n, follow_symlinks=False)
+        return os.stat(node.name, dir_fd=node.ldir.open().n, follow_symlinks=False)
+
+    def _at(self, node: Node) -> tuple[Fd, bytes, bool]:
+        """(descriptor to hold, absolute path, follow symlinks) for calls that take a path."""
+        more = node.more
+        if more is not None:
+            if more.pin is not None:
+                return more.pin, fd_path(more.pin), True
+            if more.index is not None:
+                fd = node.ldir.open()
+                return fd, fd_path(fd, more.index), False
+        if isinstance(node, Dir):
+            fd = node.ldirs[0].open()
+            return fd, fd_path(fd), True
+        fd = node.ldir.open()
+        return fd, fd_path(fd, node.name), False
+
+    # --- attributes ---
+
+    def _attr(self, node: Node, st: os.stat_result) -> Attr:
+        mode, _, _, nlink, uid, gid, size, atime, mtime, ctime = st
+        blocks = st.st_blocks
+        rdev = st.st_rdev
+        if rdev:
+            major, minor = os.major(rdev), os.minor(rdev)
+            rdev = (minor & 0xFF) | major << 8 | (minor & ~0xFF) << 12
+        more = node.more
+        if more is not None and mode & 0o170000 != 0o040000:
+            nlink = 0 if more.unlinked else nlink + more.nlink_delta
+            if more.nested_whiteout:
+                mode = 0o020000 | mode & 0o7777
+            if more.data is not None:
+                blocks = self._data_blocks(more.data, blocks)
+        elif mode & 0o170000 == 0o040000:
+            nlink = self._dir_nlink(node, nlink)
+        if self.idmap.active:
+            mode, uid, gid, rdev = self.idmap.show(self, node, mode, uid, gid, rdev)
+        return (
+            node.ino, size, blocks, atime, mtime, ctime,
+            st.st_atime_ns - atime * _NS, st.st_mtime_ns - mtime * _NS, st.st_ctime_ns - ctime * _NS,
+            mode, nlink, uid, gid, rdev, 4096, 0,
+        )  # fmt: skip
+
+    def _data_blocks(self, data: tuple[LDir, bytes], blocks: int) -> int:
+        try:
+            return os.stat(data[1], dir_fd=data[0].open().n, follow_symlinks=False).st_blocks
+        except OSError:
+            return blocks
+
+    def _dir_nlink(self, node: Node, nlink: int) -> int:
+        """2 + subdirectories; a merged directory has to be listed once to know."""
+        assert isinstance(node, Dir)
+        if node.removed:
+            return 0
+        if self.static_nlink:
+            return 1
+        if len(node.ldirs) == 1:
+            return nlink
+        if node.subdirs < 0:
+            self._list(node)
+        return node.subdirs + 2
+
+    def getattr(self, nodeid: int) -> Attr:
+        node = self._node(nodeid)
+        return self._attr(node, self._stat(node))
+
+    def _entry(self, node: Node, st: os.stat_result) -> Entry:
+        attr = self._attr(node, st)
+        node.nlookup += 1
+        return node.id, self.table.generations[node.id], attr
+
+    # --- lanes ---
+
+    def _park(self) -> None:
+        """About to do what takes long: leave the fast lane."""
+        if getattr(self.lanes, "fast", False):
+            raise WouldBlock
+
+    def _list(self, node: Dir) -> None:
+        raise NotImplementedError  # listing.py
+
+    @staticmethod
+    def _kind(st: os.stat_result) -> int:
+        return S_IFMT(st.st_mode)

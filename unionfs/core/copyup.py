@@ -1,0 +1,376 @@
+"""Copy-up: making what lies in a read-only layer writable, atomically.
+
+A copy is built in the layer's work directory with all its metadata and renamed into place, so the merged view shows
+the old file or the whole new one. Data of a big file is copied in a slow thread, with other requests served meanwhile;
+only those that want to write the same file wait. Where the driver can, a change of metadata copies no data
+(metacopy). The times of the parent directory are put back: copying up is no change that users see.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from stat import S_ISLNK, S_ISREG
+
+from unionfs import sysio
+from unionfs.core.base import OpenFile, fail
+from unionfs.core.layers import Fd, Layer, LDir, fd_path
+from unionfs.core.listing import Listing
+from unionfs.core.nodes import Dir, Node
+
+INLINE_COPY = 256 << 10  # bytes that the fast lane copies itself
+METACOPY_MIN = 64 << 10  # below it a metadata change copies the data too: that costs less than following it later
+
+
+class CopyUp(Listing):
+    # --- directories ---
+
+    def ensure_dir(self, d: Dir, layer: Layer) -> LDir:
+        """d's directory in a writable layer, made (with its parents) if need be."""
+        for ldir in d.ldirs:
+            if ldir.layer is layer:
+                return ldir
+        if d.removed:
+            raise fail(errno.ENOENT, d.name)
+        with self.tree_lock:
+            for ldir in d.ldirs:
+                if ldir.layer is layer:
+                    return ldir
+            assert d.parent is not None
+            return self._copy_up_dir(d, self.ensure_dir(d.parent, layer))
+
+    def _copy_up_dir(self, d: Dir, into: LDir) -> LDir:
+        source = d.ldirs[0]
+        fd = source.open()
+        st = os.fstat(fd.n)
+        work = self._work(into.layer)
+        tmp = self._tmp_name()
+        os.mkdir(tmp, 0o700, dir_fd=work.open().n)
+        try:
+            copy = Fd(os.open(tmp, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work.open().n))
+            self._copy_xattrs(fd_path(fd), fd_path(copy), True, True)
+            self._copy_owner(copy.n, st)
+            self.driver.mark_copy(fd_path(copy), source, b"", d.ino, True)
+            os.utime(copy.n, ns=(st.st_atime_ns, st.st_mtime_ns))
+            with self._times_kept(into):
+                self.driver.publish(work, tmp, into, d.name, True)
+        except BaseException:
+            self._discard(work, tmp, True)
+            raise
+        made = into.child(d.name)
+        made.impure = False
+        at = next((i for i, ldir in enumerate(d.ldirs) if ldir.layer.index > into.layer.index), len(d.ldirs))
+        d.ldirs.insert(at, made)
+        if at == 0:
+            d.ldir = made
+        self._joined(d.parent, d.name, into)
+        return made
+
+    def _joined(self, p: Dir | None, name: bytes, ldir: LDir) -> None:
+        """A directory that showed already now exists in ldir too."""
+        if p is None or p.names is None:
+            return
+        first = p.names.get(name)
+        if first is None and not p.complete:
+            first = p.ldirs[-1]
+        if first is None or first.layer.index < ldir.layer.index:
+            if p.stacks is not None:
+                p.stacks.pop(name, None)
+            return
+        p.names[name] = ldir
+        assert p.stacks is not None
+        p.stacks[name] = [ldir, *p.stacks.get(name, [])]
+
+    def _times_kept(self, ldir: LDir) -> _TimesKept:
+        return _TimesKept(ldir)
+
+    # --- files ---
+
+    def make_writable(self, node: Node, data: bool, size: int | None = None) -> None:
+        """See to it that node's inode lies in a writable layer and, with `data`, its bytes too.
+
+        `size`: the file is about to be cut to that length, more need not be copied.
+        """
+        if isinstance(node, Dir):
+            if not node.ldirs[0].layer.writable:
+                self.ensure_dir(node, self.driver.place_copyup(node))
+            return
+        while True:
+            more = node.more
+            if node.ldir.layer.writable and not (data and more is not None and more.data is not None):
+                return
+            running = self.copying.get(node)
+            if running is not None:
+                self._park()
+                running.wait()
+                continue
+            st = self._stat(node)
+            with_data = data or not self._can_metacopy(node, st)
+            length = min(st.st_size, size) if size is not None else st.st_size
+            if with_data and S_ISREG(st.st_mode) and length > INLINE_COPY:
+                self._park()
+            done = threading.Event()
+            if self.copying.setdefault(node, done) is not done:
+                continue
+            try:
+                if node.ldir.layer.writable:
+                    self._copy_data_up(node, length)
+                else:
+                    self._copy_up(node, st, with_data, length)
+            finally:
+                del self.copying[node]
+                done.set()
+                if node.nlookup <= 0 and node.id:
+                    self.forget(node.id, 0)
+            return
+
+    def _can_metacopy(self, node: Node, st: os.stat_result) -> bool:
+        return (
+            self.driver.metacopy
+            and S_ISREG(st.st_mode)
+            and st.st_size >= METACOPY_MIN
+            and not (node.more is not None and node.more.unlinked)
+        )
+
+    def _copy_up(self, node: Node, st: os.stat_result, data: bool, length: int) -> None:
+        layer = self.driver.place_copyup(node)
+        work = self._work(layer)
+        more = node.more
+        unlinked = more is not None and more.unlinked
+        into: LDir | None = None
+        if not unlinked:
+            assert node.parent is not None
+            into = self.ensure_dir(node.parent, layer)
+        source = node.ldir
+        tmp = self._tmp_name()
+        try:
+            copied = self._build_copy(node, st, work, tmp, data, length)
+            if unlinked:
+                node.extra().pin = Fd(os.open(tmp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work.open().n))
+                os.unlink(tmp, dir_fd=work.open().n)
+            else:
+                assert into is not None
+                self._publish_copy(node, st, work, tmp, into)
+        except BaseException:
+            self._discard(work, tmp, False)
+            raise
+        if not data:
+            old = node.more.data if node.more is not None else None
+            node.extra().data = old or (source, node.name)
+        elif node.more is not None:
+            node.more.data = None
+        if into is None:
+            node.ldir = work
+        elif node.more is None or node.more.index is None:
+            node.ldir = into
+            assert node.parent is not None
+            self._name_added(node.parent, node.name, into, False, new=False)
+        self._replace_file(node, data)
+        self.copied_files += 1
+        self.copied_up += copied
+
+    def _build_copy(self, node: Node, st: os.stat_result, work: LDir, tmp: bytes, data: bool, length: int) -> int:
+        """work/tmp becomes a complete copy of the node's inode; returns the bytes copied."""
+        at, path, follow = self._at(node)
+        wfd = work.open()
+        out: Fd | None = None
+        copied = 0
+        if S_ISREG(st.st_mode):
+            out = Fd(os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=wfd.n))
+            if data:
+                src = self._open_source(node)
+                sysio.copy_data(src.n, out.n, length)
+                copied = length
+                if length < st.st_size:
+                    os.ftruncate(out.n, length)
+                if copied and not self.driver.volatile:
+                    sysio.start_writeback(out.n)
+            else:
+                os.ftruncate(out.n, st.st_size)
+        elif S_ISLNK(st.st_mode):
+            os.symlink(os.readlink(path), tmp, dir_fd=wfd.n)
+        else:
+            os.mknod(tmp, st.st_mode & 0o170000 | 0o600, st.st_rdev, dir_fd=wfd.n)
+        target, tfollow = (fd_path(out), True) if out is not None else (fd_path(wfd, tmp), False)
+        self._copy_xattrs(path, target, follow, tfollow)
+        if out is not None:
+            self._copy_owner(out.n, st)
+        else:
+            os.chown(tmp, st.st_uid, st.st_gid, dir_fd=wfd.n, follow_symlinks=False)
+            if not S_ISLNK(st.st_mode):
+                os.chmod(tmp, st.st_mode & 0o7777, dir_fd=wfd.n)
+        if not (node.more is not None and node.more.unlinked):
+            self.driver.mark_copy(target, node.ldir, node.name, node.ino, tfollow)
+            if not data:
+                assert node.parent is not None
+                self.driver.mark_metacopy(target, self._path_below(node.parent) + b"/" + node.name, tfollow)
+        sysio.set_times(wfd.n, tmp, st.st_atime_ns, st.st_mtime_ns)
+        del at
+        return copied
+
+    def _publish_copy(self, node: Node, st: os.stat_result, work: LDir, tmp: bytes, into: LDir) -> None:
+        """Put work/tmp in place of the lower file: by its name, and for hard links through the index."""
+        entry: bytes | None = None
+        if st.st_nlink > 1 and self.driver.index:
+            entry = self.driver.index_name(node.ldir, node.name, st)
+        index = self.driver.index_dir(into.layer) if entry is not None else None
+        if into.impure is not True:
+            self.driver.mark_impure(into)
+        with self._times_kept(into):
+            if entry is None or index is None:
+                self.driver.publish(work, tmp, into, node.name, False)
+                return
+            delta = st.st_nlink - 2  # two names in upper now: the index entry and this one
+            self.driver.set_nlink_delta(fd_path(work.open(), tmp), delta)
+            os.link(tmp, entry, src_dir_fd=work.open().n, dst_dir_fd=index.open().n, follow_symlinks=False)
+            self.driver.publish(work, tmp, into, node.name, False)
+        self.driver.index_added(entry)
+        more = node.extra()
+        more.index = entry
+        more.nlink_delta = delta
+        node.ldir = index
+        if node.parent is not None:
+            self._name_added(node.parent, node.name, into, False, new=False)
+
+    def _copy_data_up(self, node: Node, length: int) -> None:
+        """A metacopy gets its data: into the same inode, the mark goes last."""
+        src = self._open_source(node)
+        st = self._stat(node)
+        fd = Fd(self._open_inode(node, os.O_RDWR))
+        try:
+            sysio.copy_data(src.n, fd.n, length)
+        finally:
+            os.utime(fd.n, ns=(st.st_atime_ns, st.st_mtime_ns))
+        if not self.driver.volatile:
+            sysio.start_writeback(fd.n)  # the mark's removal must not reach the disk before the data
+        self.driver.clear_metacopy(fd.n)
+        assert node.more is not None
+        node.more.data = None
+        self._replace_file(node, True)
+        self.copied_up += length
+
+    def _ensure_alias(self, p: Dir, name: bytes, node: Node, layer: Layer) -> LDir:
+        """(p, name) exists in the writable layer: for a hard link that was copied up under another name, link it."""
+        into = self.ensure_dir(p, layer)
+        more = node.more
+        if more is None or more.index is None:
+            return into
+        if self.driver.probe(into, name):
+            return into
+        with self._times_kept(into):
+            os.link(more.index, name, src_dir_fd=node.ldir.open().n, dst_dir_fd=into.open().n, follow_symlinks=False)
+        self._add_nlink_delta(node, -1)
+        self._name_added(p, name, into, False, new=False)
+        return into
+
+    def _add_nlink_delta(self, node: Node, change: int) -> None:
+        more = node.extra()
+        more.nlink_delta += change
+        _, path, _ = self._at(node)
+        self.driver.set_nlink_delta(path, more.nlink_delta)
+
+    # --- pieces ---
+
+    def _work(self, layer: Layer) -> LDir:
+        work = layer.work
+        if work is None:
+            raise fail(errno.EROFS)
+        return work
+
+    def _tmp_name(self) -> bytes:
+        self._tmp += 1
+        return b"#%x" % self._tmp
+
+    def _discard(self, work: LDir, tmp: bytes, is_dir: bool) -> None:
+        """Remove a half-built entry; what can't be removed now goes at the next mount."""
+        try:
+            if is_dir:
+                os.rmdir(tmp, dir_fd=work.open().n)
+            else:
+                os.unlink(tmp, dir_fd=work.open().n)
+        except OSError:
+            pass
+
+    def _open_inode(self, node: Node, flags: int) -> int:
+        """A descriptor of the node's inode in the layer where it lies (not of a metacopy's data)."""
+        more = node.more
+        flags |= os.O_CLOEXEC
+        if more is not None and more.pin is not None:
+            return os.open(fd_path(more.pin), flags)
+        name = more.index if more is not None and more.index is not None else node.name
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=node.ldir.open().n)
+
+    def _open_source(self, node: Node) -> Fd:
+        """A read-only descriptor of the node's bytes, wherever they are."""
+        more = node.more
+        if more is not None and more.data is not None:
+            ldir, name = more.data
+            return Fd(self._open_quiet(name, ldir))
+        if node.ldir.layer.writable or (more is not None and more.pin is not None):
+            return Fd(self._open_inode(node, os.O_RDONLY))
+        return Fd(self._open_quiet(node.name, node.ldir))
+
+    @staticmethod
+    def _open_quiet(name: bytes, ldir: LDir) -> int:
+        """Open a lower file for reading; its access time stays as it is where we may ask for that."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = ldir.open()
+        try:
+            return os.open(name, flags | os.O_NOATIME, dir_fd=fd.n)
+        except PermissionError:
+            return os.open(name, flags, dir_fd=fd.n)
+
+    def _replace_file(self, node: Node, data: bool) -> None:
+        """After a copy-up: descriptors of the old place go, so the next use sees the new one."""
+        if data:
+            self.files.pop(node.id, None)
+
+    def _copy_owner(self, fd: int, st: os.stat_result) -> None:
+        if st.st_uid != self.fsuid or st.st_gid != self.fsgid:
+            try:
+                os.fchown(fd, st.st_uid, st.st_gid)
+            except PermissionError:
+                if self.fsuid == 0:
+                    raise
+                # an ordinary user's copy belongs to that user, as with cp
+        os.fchmod(fd, st.st_mode & 0o7777)
+
+    def _copy_xattrs(self, src: bytes, dst: bytes, follow: bool, dst_follow: bool) -> None:
+        try:
+            names = os.listxattr(src, follow_symlinks=follow)
+        except OSError as e:
+            if e.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM):
+                return
+            raise
+        for name in names:
+            if self.driver.xattr_out(name) is None:
+                continue
+            try:
+                value = os.getxattr(src, name, follow_symlinks=follow)
+                os.setxattr(dst, name, value, follow_symlinks=dst_follow)
+            except OSError as e:
+                if e.errno == errno.ENODATA:
+                    continue
+                # as the kernel's overlayfs: what the upper can't hold for lack of rights or support is left behind
+                if e.errno in (errno.EOPNOTSUPP, errno.EPERM) and not name.startswith("user."):
+                    continue
+                raise
+
+
+class _TimesKept:
+    """Context: the directory's access and modification times are what they were before."""
+
+    __slots__ = ("ldir", "st")
+
+    def __init__(self, ldir: LDir) -> None:
+        self.ldir = ldir
+
+    def __enter__(self) -> None:
+        self.st = os.fstat(self.ldir.open().n)
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            os.utime(self.ldir.open().n, ns=(self.st.st_atime_ns, self.st.st_mtime_ns))
+        except OSError:
+            pass

@@ -1,0 +1,218 @@
+"""The driver seam: where things are and how they are recorded. One class per on-disk format.
+
+A driver opens and checks its layers (raising MountError), and then answers the core's questions. It never sees node
+ids, the kernel or POSIX rules; the core never sees xattr names or whiteout forms. All methods are called with real
+descriptors through `LDir` and raise OSError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from unionfs.api import MountConfig
+from unionfs.core.layers import FdCache, Layer, LDir
+from unionfs.sysio import RENAME_EXCHANGE, renameat2
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Literal
+
+    from unionfs.core.nodes import Dir, Node
+
+    # A name in one layer: its attributes, None (says nothing), False (a whiteout: look no further down).
+    Probe = os.stat_result | None | Literal[False]
+
+
+class Marks:
+    """What a layer directory says about merging with the layers below it."""
+
+    __slots__ = ("opaque", "redirect")
+
+    def __init__(self, opaque: bool = False, redirect: bytes | None = None) -> None:
+        self.opaque = opaque  # nothing below joins
+        self.redirect = redirect  # its path below: absolute from the root, or a plain name in the same parent
+
+
+NO_MARKS = Marks()
+
+
+class FileMarks:
+    """What a file that was copied up says about itself."""
+
+    __slots__ = ("index_delta", "ino", "metacopy", "nested_whiteout", "redirect")
+
+    def __init__(self) -> None:
+        self.ino: int | None = None  # st_ino to show
+        self.metacopy = False  # the data is further down
+        self.redirect: bytes | None = None  # where, None: same path
+        self.nested_whiteout = False  # users see the character device 0:0
+        self.index_delta: int | None = None  # union's link count minus the real one
+
+
+class Driver:
+    """Base of all drivers. `options` maps the option names that it takes to one line of help."""
+
+    name = "?"
+    options: dict[str, str] = {}  # noqa: RUF012 - shared on purpose
+
+    def __init__(self, config: MountConfig) -> None:
+        self.config = config
+        self.layers: list[Layer] = []
+        self.read_only = config.upper is None
+        self.fds = FdCache(1024)
+        self.metacopy = False  # metadata changes of big files copy no data
+        self.index = False  # hard links of lower inodes stay linked over copy-up
+        self.volatile = False  # nothing is synced
+
+    def start(self) -> None:
+        """Called in the serving process before the first request."""
+
+    def stop(self) -> None:
+        """After the last request: release locks."""
+
+    # --- reading ---
+
+    def probe(self, ldir: LDir, name: bytes) -> Probe:
+        raise NotImplementedError
+
+    def scan(self, ldir: LDir) -> tuple[list[tuple[bytes, bool]], list[bytes]]:
+        """All entries as (name, is a directory), and the whited-out names; internal names left out."""
+        raise NotImplementedError
+
+    def marks(self, ldir: LDir) -> Marks:
+        raise NotImplementedError
+
+    def file_marks(self, ldir: LDir, name: bytes) -> FileMarks | None:
+        """None for a file that was never copied up."""
+        return None
+
+    def reserved(self, name: bytes) -> bool:
+        """A name that users can neither see nor make."""
+        return False
+
+    # --- where ---
+
+    def place(self, parent: Dir, name: bytes) -> Layer:
+        """The layer for a new entry or a whiteout. EROFS: none."""
+        if self.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self.layers[0]
+
+    def place_copyup(self, node: Node) -> Layer:
+        """The layer that a file is copied up to: above its own."""
+        if self.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return self.layers[0]
+
+    def place_link(self, node: Node, parent: Dir, name: bytes) -> Layer:
+        """The layer for a further name of a node that lies in a writable layer: its own."""
+        return node.ldir.layer
+
+    # --- recording ---
+
+    def whiteout(self, ldir: LDir, name: bytes) -> None:
+        """Record that name is deleted; nothing has that name in ldir itself."""
+        raise NotImplementedError
+
+    def is_whiteout(self, ldir: LDir, name: bytes) -> bool:
+        """There is a whiteout for name in this very directory."""
+        raise NotImplementedError
+
+    def swap_for_whiteout(self, ldir: LDir, name: bytes, is_dir: bool) -> None:
+        """Replace an existing entry of ldir by a whiteout in one step. A directory's leftovers go too."""
+        raise NotImplementedError
+
+    def publish(self, work: LDir, tmp: bytes, ldir: LDir, name: bytes, is_dir: bool) -> None:
+        """Move work/tmp to ldir/name in one step, taking the place of a whiteout if there is one."""
+        raise NotImplementedError
+
+    def move(self, src: LDir, name: bytes, dst: LDir, newname: bytes, leave_whiteout: bool, is_dir: bool) -> None:
+        """rename within one writable layer, replacing a whiteout or file at the target."""
+        raise NotImplementedError
+
+    def exchange(self, src: LDir, name: bytes, dst: LDir, newname: bytes) -> None:
+        """Swap two entries of one writable layer in one step."""
+        renameat2(src.open().n, name, dst.open().n, newname, RENAME_EXCHANGE)
+
+    def beside_whiteout(self, ldir: LDir, name: bytes) -> bool:
+        """A whiteout that can stand beside an entry of that name does stand there (`.wh.` files)."""
+        return False
+
+    def drop_whiteout_beside(self, ldir: LDir, name: bytes) -> None:
+        pass
+
+    def make_nested_whiteout(self, dirfd: int, name: bytes) -> None:
+        """An entry that users see as the character device 0:0."""
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def set_opaque(self, ldir: LDir, name: bytes) -> None:
+        raise NotImplementedError
+
+    def set_redirect(self, ldir: LDir, name: bytes, path: bytes) -> None:
+        """EXDEV where the format has no redirects."""
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    def remove_dir(self, ldir: LDir, name: bytes) -> None:
+        """Remove a directory that shows no entries, with the whiteouts and markers that it holds."""
+        raise NotImplementedError
+
+    def clear_dir(self, ldir: LDir, name: bytes) -> None:
+        """Remove whiteouts and markers from a directory that shows no entries, so that rmdir or rename can work."""
+        raise NotImplementedError
+
+    def mark_copy(self, path: bytes, source: LDir, name: bytes, ino: int, follow: bool) -> None:
+        """Note on a copy (not yet published) where it came from."""
+
+    def mark_impure(self, ldir: LDir) -> None:
+        """ldir is about to get an entry that file_marks has something to say of."""
+
+    def mark_metacopy(self, path: bytes, redirect: bytes, follow: bool) -> None:
+        raise NotImplementedError
+
+    def clear_metacopy(self, fd: int) -> None:
+        """The data has been copied: the file stands on its own."""
+        raise NotImplementedError
+
+    # --- hard links over copy-up ---
+
+    def index_dir(self, layer: Layer) -> LDir | None:
+        return None
+
+    def index_name(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
+        """The index entry's name for a lower inode, whether it exists or not."""
+        return None
+
+    def index_find(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
+        """The name of an existing index entry for a lower inode."""
+        return None
+
+    def index_added(self, entry: bytes) -> None:
+        pass
+
+    def index_removed(self, entry: bytes) -> None:
+        pass
+
+    def set_nlink_delta(self, path: bytes, delta: int) -> None:
+        pass
+
+    # --- xattrs and people ---
+
+    def xattr_in(self, name: bytes) -> bytes | None:
+        """The name on disk for a user's xattr name; None: refused (EOPNOTSUPP)."""
+        return name
+
+    def xattr_out(self, name: str) -> bytes | None:
+        """The name users see for one on disk; None: internal."""
+        return os.fsencode(name)
+
+    def name_max(self, native: int) -> int:
+        """The longest name that users can make (statfs)."""
+        return native
+
+    def status(self) -> dict[str, Any]:
+        return {}
+
+    def control_verbs(self) -> dict[str, Callable[..., Any]]:
+        return {}

@@ -1,0 +1,341 @@
+"""Finding names: one stat in the layer that has it.
+
+Directories are merged once and remembered: the layers above the bottom are listed at the first lookup (`Dir.names`),
+so a lookup costs the same with 1 lower and with 500. The bottom layer is asked per name.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from stat import S_ISDIR
+
+from unionfs.api import Entry
+from unionfs.core.base import Base, fail
+from unionfs.core.layers import LDir
+from unionfs.core.nodes import Dir, Node
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+NAMES_LIMIT = 1_000_000  # names remembered over all directories
+_UNKNOWN = object()
+
+
+class Lookup(Base):
+    def lookup(self, parent: int, name: bytes) -> Entry | None:
+        p = self._dir(parent)
+        node = p.children.get(name)
+        if node is not None:
+            try:
+                st = self._stat(node)
+            except FileNotFoundError:
+                return None
+            node.nlookup += 1
+            return node.id, self.table.generations[node.id], self._attr(node, st)
+        found = self._find(p, name)
+        if found is None:
+            return None
+        ldir, st = found
+        return self._entry(self._adopt(p, name, ldir, st), st)
+
+    def _find(self, p: Dir, name: bytes) -> tuple[LDir, os.stat_result] | None:
+        """The topmost layer directory of p that has name, and its attributes there."""
+        ldirs = p.ldirs
+        if len(ldirs) == 1:
+            ldir = ldirs[0]
+        else:
+            if len(name) > 255:
+                raise fail(errno.ENAMETOOLONG, name)
+            names = p.names
+            if names is None:
+                names = self._merge(p)
+            known = names.get(name, _UNKNOWN)
+            if known is None or (known is _UNKNOWN and p.complete):
+                return None
+            ldir = ldirs[-1] if known is _UNKNOWN else known  # type: ignore[assignment]
+        if p.removed or self.driver.reserved(name):
+            return None
+        st = self.driver.probe(ldir, name)
+        return (ldir, st) if st else None
+
+    def _merge(self, p: Dir) -> dict[bytes, LDir | None]:
+        """List the layers above the bottom: who has which name first."""
+        names: dict[bytes, LDir | None] = {}
+        stacks: dict[bytes, list[LDir | None]] = {}
+        for ldir in p.ldirs[:-1]:
+            self._merge_layer(names, stacks, ldir)
+        p.names, p.stacks, p.complete = names, stacks, False
+        self._remember(p, len(names))
+        return names
+
+    def _merge_layer(
+        self, names: dict[bytes, LDir | None], stacks: dict[bytes, list[LDir | None]], ldir: LDir
+    ) -> None:
+        entries, whiteouts = self.driver.scan(ldir)
+        for name, is_dir in entries:
+            if name not in names:
+                names[name] = ldir
+                if is_dir:
+                    stacks[name] = [ldir]
+            else:
+                stack = stacks.get(name)
+                if stack is not None and stack[-1] is not None:
+                    stack.append(ldir if is_dir else None)
+        for name in whiteouts:
+            if name not in names:
+                names[name] = None
+            else:
+                stack = stacks.get(name)
+                if stack is not None and stack[-1] is not None:
+                    stack.append(None)  # also beside its own entry: that stands, nothing below joins
+
+    def _remember(self, p: Dir, count: int) -> None:
+        """Bound the names that are remembered: the directories merged longest ago are merged again when needed."""
+        kept = self.merged
+        old = kept.pop(p, 0)
+        kept[p] = count
+        self.merged_names += count - old
+        while self.merged_names > NAMES_LIMIT and len(kept) > 1:
+            victim = next(iter(kept))
+            self.merged_names -= kept.pop(victim)
+            victim.names = victim.stacks = victim.order = None
+            victim.complete = False
+
+    # --- new nodes ---
+
+    def _adopt(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result) -> Node:
+        """A node for what was found: an existing one where the inode is known under another name."""
+        if S_ISDIR(st.st_mode):
+            return self._add(p, name, self._new_dir(p, name, ldir, st))
+        if st.st_nlink > 1:
+            known = self._linked(p, name, ldir, st)
+            if known is not None:
+                return known
+        node = Node(p, name, ldir, self.ino_of(st), self._kind(st))
+        if ldir.impure is not False and ldir.layer.index < self.bottom:
+            self._read_file_marks(node, st)
+        if st.st_nlink > 1:
+            self._register_link(node, st)
+        return self._add(p, name, node)
+
+    def _add(self, p: Dir, name: bytes, node: Node) -> Node:
+        known = p.children.setdefault(name, node)
+        if known is node:
+            self.table.add(node)
+        return known
+
+    def _read_file_marks(self, node: Node, st: os.stat_result) -> None:
+        marks = self.driver.file_marks(node.ldir, node.name)
+        if marks is None:
+            return
+        if marks.ino is not None:
+            node.ino = marks.ino
+        if marks.index_delta is not None:
+            node.extra().nlink_delta = marks.index_delta
+        if marks.nested_whiteout:
+            node.extra().nested_whiteout = True
+            node.kind = 0o020000
+        if marks.metacopy:
+            assert node.parent is not None
+            path = marks.redirect or self._path_below(node.parent) + b"/" + node.name
+            if not path.startswith(b"/"):
+                path = self._path_below(node.parent) + b"/" + path
+            found = self._resolve_below(path, node.ldir.layer.index)
+            if found is None:
+                raise fail(errno.EIO, node.name)  # the lower that holds the data is gone
+            node.extra().data = found
+
+    # --- hard links ---
+
+    def _linked(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result) -> Node | None:
+        """The node of an inode with several names, when it is known already or was copied up under another name."""
+        key = (st.st_dev, st.st_ino)
+        node = self.table.links.get(key)
+        if node is None and self.driver.index and not ldir.layer.writable:
+            entry = self.driver.index_find(ldir, name, st)
+            if entry is not None:
+                node = self._indexed(p, name, ldir, st, entry)
+                self.table.links[key] = node
+                self.table.add(node)
+                p.children[name] = node
+                return node
+        if node is None:
+            return None
+        if not (node.parent is p and node.name == name):
+            node.extra().aliases.append((p, name))
+        p.children[name] = node
+        return node
+
+    def _indexed(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result, entry: bytes) -> Node:
+        """A lower hard link whose inode was copied up: the node sits in the index."""
+        index = self.driver.index_dir(self.driver.layers[0])
+        assert index is not None
+        node = Node(p, name, index, self.ino_of(st), self._kind(st))
+        more = node.extra()
+        more.index = entry
+        more.key = (st.st_dev, st.st_ino)
+        marks = self.driver.file_marks(index, entry)
+        if marks is not None:
+            more.nlink_delta = marks.index_delta or 0
+            if marks.metacopy:
+                more.data = (ldir, name)
+        return node
+
+    def _register_link(self, node: Node, st: os.stat_result) -> None:
+        more = node.extra()
+        more.key = (st.st_dev, st.st_ino)
+        self.table.links[more.key] = node
+
+    # --- directories ---
+
+    def _new_dir(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result) -> Dir:
+        """A directory found in ldir: which layers below merge with it."""
+        at = p.ldirs.index(ldir)
+        first = ldir.child(name)
+        if ldir.layer.index == self.bottom:
+            return Dir(p, name, [first], self.ino_of(st))
+        stack = [first]
+        redirect: bytes | None = None
+        candidates = self._candidates(p, name, at)
+        current = first
+        while True:
+            if current.layer.index == self.bottom:
+                break
+            marks = self.driver.marks(current)
+            if marks.redirect is not None:
+                if current is first and ldir.layer.writable:
+                    redirect = self._absolute(p, marks.redirect)
+                if not marks.opaque:
+                    self._follow(stack, p, marks.redirect, current.layer.index)
+                break
+            if marks.opaque:
+                break
+            following = next(candidates, None)
+            if following is None:
+                break
+            stack.append(following)
+            current = following
+        bottom = st if len(stack) == 1 else os.fstat(stack[-1].open().n)
+        d = Dir(p, name, stack, self.ino_of(bottom))
+        d.redirect = redirect
+        return d
+
+    def _candidates(self, p: Dir, name: bytes, at: int) -> Iterator[LDir]:
+        """The layer directories below p.ldirs[at] that have `name` as a directory, until something else cuts them off."""
+        known = p.stacks.get(name) if p.stacks is not None else None
+        if known is not None and known[0] is p.ldirs[at]:
+            for ldir in known[1:]:
+                if ldir is None:
+                    return
+                yield ldir.child(name)
+            rest = [p.ldirs[-1]] if known[-1] is not p.ldirs[-1] else []
+        else:
+            rest = p.ldirs[at + 1 :]
+        for ldir in rest:
+            st = self.driver.probe(ldir, name)
+            if st is None:
+                continue
+            if not st or not S_ISDIR(st.st_mode):
+                return
+            yield ldir.child(name)
+
+    def _absolute(self, p: Dir, redirect: bytes) -> bytes:
+        return redirect if redirect.startswith(b"/") else self._path_below(p) + b"/" + redirect
+
+    def _follow(self, stack: list[LDir], p: Dir, redirect: bytes, above: int) -> None:
+        """Add the layers below `above` that have the redirected directory (kernel: ovl_lookup_layer)."""
+        path = self._absolute(p, redirect)
+        for layer in self.driver.layers[above + 1 :]:
+            found, path, stop = self._walk(layer.root, path, layer.index == self.bottom)
+            if found is not None:
+                stack.append(found)
+            if stop:
+                return
+
+    def _walk(self, root: LDir, path: bytes, last_layer: bool) -> tuple[LDir | None, bytes, bool]:
+        """Walk a redirect in one layer: (directory or None, the path for the layers below, look no further)."""
+        parts = [part for part in path.split(b"/") if part]
+        if any(part in (b".", b"..") for part in parts):
+            raise fail(errno.EIO, path)  # a layer that tries to lead outside
+        here = root
+        stop = False
+        for i, part in enumerate(parts):
+            st = self.driver.probe(here, part)
+            if st is None:
+                return None, path, stop
+            if not st or not S_ISDIR(st.st_mode):
+                return None, path, True
+            here = here.child(part)
+            if last_layer:
+                continue
+            marks = self.driver.marks(here)
+            if marks.opaque:
+                stop = True
+            if marks.redirect is not None:
+                tail = b"".join(b"/" + rest for rest in parts[i + 1 :])
+                if marks.redirect.startswith(b"/"):
+                    path = marks.redirect + tail
+                else:
+                    path = b"".join(b"/" + up for up in parts[:i]) + b"/" + marks.redirect + tail
+        return here, path, stop
+
+    def _resolve_below(self, path: bytes, above: int) -> tuple[LDir, bytes] | None:
+        """The regular file at `path` in the layers below `above`, skipping metacopies: where the data is."""
+        head, _, name = path.rpartition(b"/")
+        for layer in self.driver.layers[above + 1 :]:
+            last = layer.index == self.bottom
+            here, head, stop = self._walk(layer.root, head, last)
+            if here is not None:
+                st = self.driver.probe(here, name)
+                if st is False:
+                    return None
+                if st:
+                    marks = None if last else self.driver.file_marks(here, name)
+                    if marks is None or not marks.metacopy:
+                        return here, name
+                    if marks.redirect is not None:
+                        target = marks.redirect
+                        head, _, name = (target if target.startswith(b"/") else head + b"/" + target).rpartition(b"/")
+            if stop:
+                return None
+        return None
+
+    def _path_below(self, d: Dir) -> bytes:
+        """Where the layers below look for d: its merged path, with the nearest ancestor's redirect in place of its own."""
+        parts: list[bytes] = []
+        here: Dir | None = d
+        while here is not None and here.parent is not None:
+            if here.redirect is not None:
+                return here.redirect + b"".join(b"/" + part for part in reversed(parts))
+            parts.append(here.name)
+            here = here.parent
+        return b"".join(b"/" + part for part in reversed(parts))
+
+    # --- for operations by name ---
+
+    def _child(self, p: Dir, name: bytes) -> Node:
+        """The node that p has under name. ENOENT. It may be new to the kernel: the caller lets `_settle` drop it."""
+        node = p.children.get(name)
+        if node is not None:
+            return node
+        found = self._find(p, name)
+        if found is None:
+            raise fail(errno.ENOENT, name)
+        return self._adopt(p, name, *found)
+
+    def _settle(self, node: Node) -> None:
+        """Drop a node that only this operation needed."""
+        if node.nlookup == 0 and node.id:
+            self.forget(node.id, 0)
+
+    def _below(self, p: Dir, name: bytes, layer_index: int) -> os.stat_result | None:
+        """What would show under name if the layers down to layer_index did not have it."""
+        for ldir in p.ldirs:
+            if ldir.layer.index <= layer_index:
+                continue
+            st = self.driver.probe(ldir, name)
+            if st is not None:
+                return st or None
+        return None

@@ -1,0 +1,129 @@
+"""The node table: what the kernel knows, by node id.
+
+A node lives while the kernel holds lookups on it (nlookup > 0) or a known child needs its parent. Ids are slots of a
+list, used again after FORGET with another generation. `+=` on an attribute is one step under CPython's GIL (no
+eval-breaker check between load and store), which is what makes nlookup safe across threads.
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from unionfs.api import ROOT_ID
+from unionfs.core.layers import Fd, LDir
+
+
+class More:
+    """What few nodes have: hard-link names, a metacopy's data, an open-unlinked file, a corrected link count."""
+
+    __slots__ = ("aliases", "data", "index", "key", "nested_whiteout", "nlink_delta", "opens", "orphan", "pin", "unlinked")
+
+    def __init__(self) -> None:
+        self.aliases: list[tuple[Dir, bytes]] = []  # other known names of this inode
+        self.data: tuple[LDir, bytes] | None = None  # metacopy: where the bytes are
+        self.pin: Fd | None = None  # unlinked: keeps the inode reachable
+        self.nested_whiteout = False  # shown as the character device 0:0
+        self.unlinked = False  # no name left in the merged view
+        self.orphan = False  # made without a name (O_TMPFILE)
+        self.nlink_delta = 0  # union's link count minus the upper inode's
+        self.index: bytes | None = None  # its name in the index, once copied up
+        self.key: tuple[int, int] | None = None  # where NodeTable.links has it
+        self.opens = 0  # opens that the kernel told us of
+
+
+class Node:
+    """A file of any kind but a directory. `ldir` and `rname` say where the inode is on disk."""
+
+    __slots__ = ("__weakref__", "id", "ino", "kind", "ldir", "more", "name", "nlookup", "parent")
+
+    def __init__(self, parent: Dir | None, name: bytes, ldir: LDir, ino: int, kind: int) -> None:
+        self.id = 0
+        self.parent = parent
+        self.name = name  # in the merged view
+        self.ldir = ldir  # the layer directory that holds it under the same name
+        self.ino = ino  # st_ino as users see it
+        self.kind = kind  # S_IFMT bits
+        self.nlookup = 0
+        self.more: More | None = None
+
+    def extra(self) -> More:
+        more = self.more
+        if more is None:
+            more = self.more = More()
+        return more
+
+
+class Dir(Node):
+    """A directory: its layer directories from the top down, and what is known of its names.
+
+    `names` maps a name to the topmost layer directory that has it, None for a whiteout. Unless `complete`, it says
+    nothing of the bottom layer, which is asked directly. `stacks` holds, for names that are directories in layers
+    above the bottom, all layer directories that merge (a trailing None: cut off, the bottom does not join).
+    """
+
+    __slots__ = ("children", "complete", "inherit", "ldirs", "names", "order", "redirect", "removed", "stacks", "subdirs")
+
+    def __init__(self, parent: Dir | None, name: bytes, ldirs: list[LDir], ino: int) -> None:
+        super().__init__(parent, name, ldirs[0], ino, 0o040000)
+        self.ldirs = ldirs
+        self.children: dict[bytes, Node] = {}
+        self.names: dict[bytes, LDir | None] | None = None
+        self.stacks: dict[bytes, list[LDir | None]] | None = None
+        self.complete = False
+        self.order: list[tuple[int, bytes]] | None = None  # listing order: (cookie, name)
+        self.subdirs = -1  # number of subdirectories, -1: not counted yet
+        self.redirect: bytes | None = None  # its path in the layers below, where that is not its place here
+        self.inherit: tuple[int, bool] | None = None  # (gid for new entries or -1, has a default ACL); None: not read
+        self.removed = False
+
+
+class NodeTable:
+    """node id → Node, and (dev, ino) → Node for inodes with several links."""
+
+    def __init__(self, root: Dir) -> None:
+        self.slots: list[Node | None] = [None, root]
+        self.generations = array("I", [0, 0])
+        self.free: list[int] = []
+        self.links: dict[tuple[int, int], Node] = {}
+        self.count = 1
+        root.id = ROOT_ID
+        root.nlookup = 1
+
+    def add(self, node: Node) -> None:
+        """Give the node an id. Its parent's `children` is the caller's."""
+        if self.free:
+            slot = self.free.pop()
+            self.slots[slot] = node
+            self.generations[slot] += 1
+        else:
+            slot = len(self.slots)
+            self.slots.append(node)
+            self.generations.append(0)
+        node.id = slot
+        self.count += 1
+
+    def drop(self, node: Node) -> None:
+        """Forget the node and, where nothing else needs them, its parents."""
+        more = node.more
+        if more is not None:
+            if more.key is not None and self.links.get(more.key) is node:
+                del self.links[more.key]
+            for parent, name in more.aliases:
+                if parent.children.get(name) is node:
+                    del parent.children[name]
+                    self._reap(parent)
+            more.pin = None
+        self.slots[node.id] = None
+        self.free.append(node.id)
+        self.count -= 1
+        node.id = 0
+        parent_ = node.parent
+        if parent_ is not None:
+            if parent_.children.get(node.name) is node:
+                del parent_.children[node.name]
+            self._reap(parent_)
+
+    def _reap(self, directory: Dir) -> None:
+        """A forgotten directory goes when its last known child has."""
+        if directory.nlookup <= 0 and not directory.children and directory.id > ROOT_ID:
+            self.drop(directory)

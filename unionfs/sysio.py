@@ -1,0 +1,205 @@
+"""System calls that Python's os module lacks, each a thin function that raises OSError.
+
+Stateless and thread-safe. Only ctypes on libc; constants from the kernel's uapi headers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from fcntl import ioctl
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_SYMLINK_NOFOLLOW = 0x100
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
+
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+
+FICLONE = 0x40049409
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_IOC_GETFSUUID = 0x80111500  # _IOR(0x15, 0, struct fsuuid2), kernel 6.9
+
+SYNC_FILE_RANGE_WRITE = 2
+
+_MAX_HANDLE = 128
+_STATX_BTIME = 0x800
+
+
+def _fail(name: bytes | None = None) -> OSError:
+    code = ctypes.get_errno()
+    return OSError(code, os.strerror(code), name)
+
+
+_renameat2 = libc.renameat2
+_renameat2.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+
+
+def renameat2(olddir: int, old: bytes, newdir: int, new: bytes, flags: int) -> None:
+    """rename(2) with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT; EINVAL where the filesystem can't."""
+    if _renameat2(olddir, old, newdir, new, flags):
+        raise _fail(old)
+
+
+_fallocate = libc.fallocate64
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    if _fallocate(fd, mode, offset, length):
+        raise _fail()
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = [("sec", ctypes.c_int64), ("nsec", ctypes.c_int64)]
+
+
+_UTIME_NOW = (1 << 30) - 1
+_UTIME_OMIT = (1 << 30) - 2
+
+
+def set_times(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, follow: bool = False) -> None:
+    """utimensat(2): None leaves a time alone, -1 is the kernel's now (its own clock tick, so order is kept)."""
+    times = (_Timespec * 2)()
+    for slot, ns in zip(times, (atime_ns, mtime_ns), strict=True):
+        if ns is None:
+            slot.nsec = _UTIME_OMIT
+        elif ns == -1:
+            slot.nsec = _UTIME_NOW
+        else:
+            slot.sec, slot.nsec = divmod(ns, 1_000_000_000)
+    if libc.utimensat(dirfd, name, times, 0 if follow else AT_SYMLINK_NOFOLLOW):
+        raise _fail(name)
+
+
+_sync_file_range = libc.sync_file_range
+_sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+
+
+def start_writeback(fd: int) -> None:
+    """Start writing the file's dirty pages without waiting: blocks get allocated before a rename publishes them."""
+    _sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE)
+
+
+def syncfs(fd: int) -> None:
+    if libc.syncfs(fd):
+        raise _fail()
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = [("size", ctypes.c_uint), ("type", ctypes.c_int), ("data", ctypes.c_ubyte * _MAX_HANDLE)]
+
+
+def name_to_handle(dirfd: int, name: bytes) -> tuple[int, bytes]:
+    """The file handle (type, bytes) of dirfd/name, not following symlinks; name b"" is dirfd itself. EOPNOTSUPP: none."""
+    handle = _Handle(size=_MAX_HANDLE)
+    mount_id = ctypes.c_int()
+    flags = AT_EMPTY_PATH if not name else 0
+    if libc.name_to_handle_at(dirfd, name, ctypes.byref(handle), ctypes.byref(mount_id), flags):
+        raise _fail(name)
+    return handle.type, bytes(handle.data[: handle.size])
+
+
+def open_by_handle(mount_fd: int, kind: int, data: bytes) -> int:
+    """An O_PATH descriptor for a file handle; needs CAP_DAC_READ_SEARCH. ESTALE: no such file."""
+    handle = _Handle(size=len(data), type=kind)
+    ctypes.memmove(handle.data, data, len(data))
+    fd = libc.open_by_handle_at(mount_fd, ctypes.byref(handle), os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW)
+    if fd < 0:
+        raise _fail()
+    return int(fd)
+
+
+def fs_uuid(fd: int) -> bytes:
+    """The filesystem's 16-byte UUID, zeros where it has none or the kernel (before 6.9) can't tell."""
+    buf = bytearray(17)
+    try:
+        ioctl(fd, FS_IOC_GETFSUUID, buf)
+    except OSError:
+        return bytes(16)
+    return bytes(buf[1 : 1 + buf[0]]).ljust(16, b"\0")
+
+
+def get_flags(fd: int) -> int:
+    """The inode flags of FS_IOC_GETFLAGS (chattr). ENOTTY where the filesystem has none."""
+    buf = bytearray(8)
+    ioctl(fd, FS_IOC_GETFLAGS, buf)
+    return int.from_bytes(buf[:4], "little")
+
+
+def set_flags(fd: int, flags: int) -> None:
+    ioctl(fd, FS_IOC_SETFLAGS, struct.pack("<Q", flags))
+
+
+_statx = libc.statx
+_statx.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p]
+
+
+def birth_time(dirfd: int, name: bytes) -> tuple[int, int] | None:
+    """Creation time (seconds, ns) of dirfd/name (b"": dirfd itself), None where the filesystem keeps none."""
+    buf = ctypes.create_string_buffer(256)
+    flags = AT_SYMLINK_NOFOLLOW | (0 if name else AT_EMPTY_PATH)
+    if _statx(dirfd, name, flags, _STATX_BTIME, buf):
+        raise _fail(name)
+    if not struct.unpack_from("<I", buf, 0)[0] & _STATX_BTIME:
+        return None
+    sec, nsec = struct.unpack_from("<qI", buf, 80)
+    return sec, nsec
+
+
+def clone(dst: int, src: int) -> bool:
+    """FICLONE: share src's extents with dst. False where the filesystems can't."""
+    try:
+        ioctl(dst, FICLONE, src)
+    except OSError as e:
+        if e.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EBADF):
+            return False
+        raise
+    return True
+
+
+def copy_data(src: int, dst: int, size: int) -> None:
+    """Copy size bytes from src to dst, all hole so far, keeping holes: FICLONE, else copy_file_range, else read and write.
+
+    dst is at least size long afterwards, also where its tail is a hole; it is never cut.
+    """
+    if size == 0 or clone(dst, src):
+        return
+    pos = 0
+    in_kernel = True
+    while pos < size:
+        try:
+            start = os.lseek(src, pos, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:  # nothing but hole up to the end
+                break
+            start, end = pos, size  # SEEK_DATA unsupported: all is data
+        else:
+            end = min(os.lseek(src, start, os.SEEK_HOLE), size)
+        while start < end:
+            n = 0
+            if in_kernel:
+                try:
+                    n = os.copy_file_range(src, dst, min(end - start, 1 << 30), start, start)
+                except OSError as e:
+                    if e.errno not in (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
+                        raise
+                    in_kernel = False
+            if n == 0:
+                data = os.pread(src, min(end - start, 1 << 20), start)
+                if not data:
+                    raise OSError(errno.EIO, "file shrank while it was copied")
+                n = os.pwrite(dst, data, start)
+            start += n
+        pos = max(end, pos)
+    if os.fstat(dst).st_size < size:
+        os.ftruncate(dst, size)

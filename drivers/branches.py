@@ -83,7 +83,8 @@ def lock(ldir: LDir, role: str, path: bytes) -> None:
                 return  # a filesystem without locks: nothing to hold
         if time.monotonic() > deadline:
             raise MountError(
-                f"{role} {show(path)}: in use by another mount; unmount that one first (`unionfs list` shows it)", EXIT_BUSY
+                f"{role} {show(path)}: in use by another mount; unmount that one first (`unionfs list` shows it)",
+                EXIT_BUSY,
             )
         time.sleep(0.02)
 
@@ -104,7 +105,9 @@ def open_work(layer: Layer, path: bytes, fresh: bool, cache: FdCache) -> tuple[L
                 os.rmdir(path)
             except OSError:
                 pass
-        raise MountError(f"work {show(path)}: {e.strerror}; give a writable directory beside upper", EXIT_PERMISSION) from None
+        raise MountError(
+            f"work {show(path)}: {e.strerror}; give a writable directory beside upper", EXIT_PERMISSION
+        ) from None
     scratch = holder.root.child(b"work")
     empty(scratch)
     return scratch, holder

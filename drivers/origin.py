@@ -76,5 +76,3 @@ def supported(ldir: LDir) -> bool:
     except OSError:
         return False
     return True
-
-

@@ -16,7 +16,8 @@ from unionfs.core.driver import NO_MARKS, Driver, FileMarks, Marks
 from unionfs.core.layers import Fd, FdCache, Layer, LDir, fd_path
 from unionfs.errors import EXIT_LAYER, EXIT_PERMISSION, EXIT_USAGE, MountError
 from unionfs.sysio import RENAME_EXCHANGE, RENAME_WHITEOUT, renameat2
-from unionfs_drivers import branches, origin
+
+from . import branches, origin
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ class OverlayDriver(Driver):
         st = branches.check_directory(parent, "work")
         if st.st_dev != upper.st_dev:
             raise MountError(
-                f"work {branches.show(work)}: on another filesystem than upper; give a directory beside upper", EXIT_LAYER
+                f"work {branches.show(work)}: on another filesystem than upper; give a directory beside upper",
+                EXIT_LAYER,
             )
 
     def _probe_upper(self, top: Layer) -> None:
@@ -524,5 +526,3 @@ def _nlink_delta(value: bytes) -> int | None:
     if value[:1] == b"U" and text[:1] in "+-" and text[1:].isdigit():
         return int(text)
     return None
-
-

@@ -52,6 +52,17 @@ class Changes:
         self.mtime_ns = mtime_ns  # -1: now
         self.kill_suidgid = kill_suidgid  # FATTR_KILL_SUIDGID: drop setuid, and setgid where group-executable
 
+    def empty(self) -> bool:
+        """Nothing to set: how the kernel asks for security.capability to go (ATTR_KILL_PRIV)."""
+        return (
+            self.size is None
+            and self.mode is None
+            and self.uid is None
+            and self.gid is None
+            and self.atime_ns is None
+            and self.mtime_ns is None
+        )
+
 
 class Notifier(Protocol):
     """What a session lets the core tell the kernel. Safe from any thread; silent when there is nothing cached.
@@ -133,8 +144,20 @@ class MountConfig:
     """Everything a mount is made of, as the command lines parsed it. Paths are bytes, absolute."""
 
     __slots__ = (
-        "branches", "data", "debug", "driver", "foreground", "lowers", "mountpoint", "options", "read_only",
-        "session", "source", "upper", "vfs_options", "work",
+        "branches",
+        "data",
+        "debug",
+        "driver",
+        "foreground",
+        "lowers",
+        "mountpoint",
+        "options",
+        "read_only",
+        "session",
+        "source",
+        "upper",
+        "vfs_options",
+        "work",
     )
 
     def __init__(self, mountpoint: bytes, *, driver: str = "overlay") -> None:

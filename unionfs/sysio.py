@@ -100,7 +100,7 @@ class _Handle(ctypes.Structure):
 
 
 def name_to_handle(dirfd: int, name: bytes) -> tuple[int, bytes]:
-    """The file handle (type, bytes) of dirfd/name, not following symlinks; name b"" is dirfd itself. EOPNOTSUPP: none."""
+    """The file handle (type, bytes) of dirfd/name, symlinks not followed; b"": dirfd itself. EOPNOTSUPP: none."""
     handle = _Handle(size=_MAX_HANDLE)
     mount_id = ctypes.c_int()
     flags = AT_EMPTY_PATH if not name else 0
@@ -161,14 +161,22 @@ def clone(dst: int, src: int) -> bool:
     try:
         ioctl(dst, FICLONE, src)
     except OSError as e:
-        if e.errno in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EBADF):
+        if e.errno in (
+            errno.EOPNOTSUPP,
+            errno.EXDEV,
+            errno.EINVAL,
+            errno.ENOTTY,
+            errno.ENOSYS,
+            errno.EPERM,
+            errno.EBADF,
+        ):
             return False
         raise
     return True
 
 
 def copy_data(src: int, dst: int, size: int) -> None:
-    """Copy size bytes from src to dst, all hole so far, keeping holes: FICLONE, else copy_file_range, else read and write.
+    """Copy size bytes from src to dst (all hole so far), holes kept: FICLONE, copy_file_range, or read and write.
 
     dst is at least size long afterwards, also where its tail is a hole; it is never cut.
     """

@@ -41,9 +41,8 @@ class Attributes(Data):
             self._kill_suidgid(node)
         if changes.atime_ns is not None or changes.mtime_ns is not None:
             sysio.set_times(at.n, path, changes.atime_ns, changes.mtime_ns, follow)
-        if size is None and changes.uid is None and changes.gid is None and changes.mode is None:
-            if changes.atime_ns is None and changes.mtime_ns is None:
-                self._drop_capability(path, follow)
+        if changes.empty():
+            self._drop_capability(path, follow)
         if isinstance(node, Dir):
             node.inherit = None
         return self._attr(node, self._stat(node))

@@ -167,7 +167,8 @@ class Base:
 
     # --- attributes ---
 
-    def _attr(self, node: Node, st: os.stat_result) -> Attr:
+    def _attr(self, node: Node, st: Any) -> Attr:
+        # st is an os.stat_result: ten integers as a tuple (typeshed says float for the times)
         mode, _, _, nlink, uid, gid, size, atime, mtime, ctime = st
         blocks = st.st_blocks
         rdev = st.st_rdev

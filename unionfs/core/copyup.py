@@ -14,7 +14,7 @@ import threading
 from stat import S_ISLNK, S_ISREG
 
 from unionfs import sysio
-from unionfs.core.base import OpenFile, fail
+from unionfs.core.base import fail
 from unionfs.core.layers import Fd, Layer, LDir, fd_path
 from unionfs.core.listing import Listing
 from unionfs.core.nodes import Dir, Node

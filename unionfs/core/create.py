@@ -13,7 +13,7 @@ from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFMT, S_IFREG, S_ISGID
 from unionfs.api import Entry
 from unionfs.core.base import fail
 from unionfs.core.copyup import CopyUp
-from unionfs.core.layers import Fd, Layer, LDir, fd_path
+from unionfs.core.layers import Fd, Layer, LDir
 from unionfs.core.nodes import Dir, Node
 
 TYPE_CHECKING = False
@@ -65,7 +65,15 @@ class Create(CopyUp):
         return self._new(self._dir(parent), name, make, 0o120000, 0o777, 0, uid, gid)
 
     def _new(
-        self, p: Dir, name: bytes, make: Callable[[int, bytes], None], kind: int, bits: int, rdev: int, uid: int, gid: int
+        self,
+        p: Dir,
+        name: bytes,
+        make: Callable[[int, bytes], None],
+        kind: int,
+        bits: int,
+        rdev: int,
+        uid: int,
+        gid: int,
     ) -> Entry:
         self._check_name(p, name)
         layer = self.driver.place(p, name)

@@ -21,7 +21,10 @@ class Inspect(Attributes):
         """Every layer that has something to say about a path of the merged view, topmost first."""
         parts = [part for part in path.split(b"/") if part]
         if not parts:
-            return [self._layer_row(ldir, "merged" if i else "shown", "directory", b"/") for i, ldir in enumerate(self.root.ldirs)]
+            return [
+                self._layer_row(ldir, "merged" if i else "shown", "directory", b"/")
+                for i, ldir in enumerate(self.root.ldirs)
+            ]
         p: Dir = self.root
         held: list[Node] = []
         try:
@@ -59,10 +62,10 @@ class Inspect(Attributes):
             st = self.driver.probe(ldir, name)
             if st is None:
                 continue
-            state = "whiteout" if st is False else "shown" if not any(r["state"] == "shown" for r in rows) else "shadowed"
-            if state == "shown" and (node is None or any(r["state"] == "whiteout" for r in rows)):
-                state = "shadowed"
-            rows.append(self._layer_row(ldir, state, _kind_name(st) if st else "whiteout", ldir.path().rstrip(b"/") + b"/" + name))
+            above = {row["state"] for row in rows}
+            state = "shadowed" if node is None or above & {"shown", "whiteout"} else "shown"
+            here = ldir.path().rstrip(b"/") + b"/" + name
+            rows.append(self._layer_row(ldir, state if st else "whiteout", _kind_name(st) if st else "whiteout", here))
         if fresh and node is not None:
             self._settle(node)
         rows.sort(key=lambda row: (row["layer"], row["state"] == "data"))
@@ -74,13 +77,19 @@ class Inspect(Attributes):
         layer = ldir.layer
         return {
             "layer": layer.index,
-            "role": "upper" if layer.writable or (layer.index == 0 and self.driver.config.upper is not None) else "lower",
+            "role": "upper"
+            if layer.writable or (layer.index == 0 and self.driver.config.upper is not None)
+            else "lower",
             "branch": os.fsdecode(layer.path),
             "permission": layer.permission,
             "state": state,
             "kind": kind,
             "path": os.fsdecode(layer.path.rstrip(b"/") + path),
         }
+
+    def _is_upper(self, ldir: LDir) -> bool:
+        layer = ldir.layer
+        return layer.writable or (layer.index == 0 and self.driver.config.upper is not None)
 
     def diff(self) -> list[tuple[str, bytes]]:
         """Added, changed and deleted paths of the writable layers against those below."""
@@ -93,7 +102,7 @@ class Inspect(Attributes):
         """Append d's changes; True if there were any."""
         before = len(out)
         for ldir in d.ldirs:
-            if not (ldir.layer.writable or (ldir.layer.index == 0 and self.driver.config.upper is not None)):
+            if not self._is_upper(ldir):
                 continue
             entries, whiteouts = self.driver.scan(ldir)
             for name in whiteouts:
@@ -119,7 +128,8 @@ class Inspect(Attributes):
 
     def _diff_opaque(self, p: Dir, name: bytes, node: Dir, path: bytes, out: list[tuple[str, bytes]]) -> None:
         """A directory that hides the one below: what was in that one and is not here was deleted."""
-        hidden = next(ldir for ldir in p.ldirs if ldir.layer.index > node.ldir.layer.index and self.driver.probe(ldir, name))
+        top = node.ldir.layer.index
+        hidden = next(ldir for ldir in p.ldirs if ldir.layer.index > top and self.driver.probe(ldir, name))
         old = {entry for entry, _ in self.driver.scan(hidden.child(name))[0]}
         self._list(node)
         new = set(self._visible(node))

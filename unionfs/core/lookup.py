@@ -70,9 +70,7 @@ class Lookup(Base):
         self._remember(p, len(names))
         return names
 
-    def _merge_layer(
-        self, names: dict[bytes, LDir | None], stacks: dict[bytes, list[LDir | None]], ldir: LDir
-    ) -> None:
+    def _merge_layer(self, names: dict[bytes, LDir | None], stacks: dict[bytes, list[LDir | None]], ldir: LDir) -> None:
         entries, whiteouts = self.driver.scan(ldir)
         for name, is_dir in entries:
             if name not in names:
@@ -223,7 +221,7 @@ class Lookup(Base):
         return d
 
     def _candidates(self, p: Dir, name: bytes, at: int) -> Iterator[LDir]:
-        """The layer directories below p.ldirs[at] that have `name` as a directory, until something else cuts them off."""
+        """The layer directories below p.ldirs[at] that have `name` as a directory, until something cuts them off."""
         known = p.stacks.get(name) if p.stacks is not None else None
         if known is not None and known[0] is p.ldirs[at]:
             for ldir in known[1:]:
@@ -303,7 +301,7 @@ class Lookup(Base):
         return None
 
     def _path_below(self, d: Dir) -> bytes:
-        """Where the layers below look for d: its merged path, with the nearest ancestor's redirect in place of its own."""
+        """Where the layers below look for d: its merged path, the nearest redirect in place of what leads to it."""
         parts: list[bytes] = []
         here: Dir | None = d
         while here is not None and here.parent is not None:

@@ -16,7 +16,18 @@ from unionfs.core.layers import Fd, LDir
 class More:
     """What few nodes have: hard-link names, a metacopy's data, an open-unlinked file, a corrected link count."""
 
-    __slots__ = ("aliases", "data", "index", "key", "nested_whiteout", "nlink_delta", "opens", "orphan", "pin", "unlinked")
+    __slots__ = (
+        "aliases",
+        "data",
+        "index",
+        "key",
+        "nested_whiteout",
+        "nlink_delta",
+        "opens",
+        "orphan",
+        "pin",
+        "unlinked",
+    )
 
     def __init__(self) -> None:
         self.aliases: list[tuple[Dir, bytes]] = []  # other known names of this inode
@@ -61,7 +72,18 @@ class Dir(Node):
     above the bottom, all layer directories that merge (a trailing None: cut off, the bottom does not join).
     """
 
-    __slots__ = ("children", "complete", "inherit", "ldirs", "names", "order", "redirect", "removed", "stacks", "subdirs")
+    __slots__ = (
+        "children",
+        "complete",
+        "inherit",
+        "ldirs",
+        "names",
+        "order",
+        "redirect",
+        "removed",
+        "stacks",
+        "subdirs",
+    )
 
     def __init__(self, parent: Dir | None, name: bytes, ldirs: list[LDir], ino: int) -> None:
         super().__init__(parent, name, ldirs[0], ino, 0o040000)

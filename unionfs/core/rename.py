@@ -70,7 +70,7 @@ class Rename(Removal):
             if only_below:
                 self._add_nlink_delta(target, -1)
             self._target_gone(q, newname, target)
-        self._arrived(node, p, name, q, newname, dst, new=target is None or isinstance(target, Dir) and is_dir)
+        self._arrived(node, p, name, q, newname, dst, new=target is None or (isinstance(target, Dir) and is_dir))
         if nested_whiteout:
             entry = self._nested_whiteout(p, name, self.fsuid, self.fsgid)
             self.forget(entry[0], 1)

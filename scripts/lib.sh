@@ -90,8 +90,8 @@ make_venv() {
     rm -rf "$VENV" "$ROOT/build"
     "$python" -m venv "$VENV"
     local target=$ROOT${extra:+[$extra]}
-    "$VENV/bin/pip" install -q --disable-pip-version-check "$target" ||
-        "$VENV/bin/pip" install -q --disable-pip-version-check "$target" || die "pip could not install $target"
+    "$VENV/bin/pip" install -qq --disable-pip-version-check "$target" ||
+        "$VENV/bin/pip" install -qq --disable-pip-version-check "$target" || die "pip could not install $target"
     rm -rf "$ROOT/build"
     echo "$want" >"$stamp"
 }

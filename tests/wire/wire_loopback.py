@@ -329,7 +329,7 @@ def unmount(mountpoint: bytes, lazy: bool = False) -> None:
 
 
 def main() -> None:
-    """python loopback.py ROOT MOUNTPOINT [data] [writeback] [debug]: prints "ready", serves, statistics."""
+    """python wire_loopback.py ROOT MOUNTPOINT [data] [writeback] [debug]: prints "ready", serves, statistics."""
     from unionfs.session.direct import DirectSession
 
     root, mountpoint, *words = sys.argv[1:]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from wire_fakes import ATTR, ENTRY, ENTRY_BYTES, FakeOps, Kernel, failed, init, ok, request, terms
+
 from unionfs.errors import MountError, WouldBlock
 from unionfs.session.direct import DirectSession
 from unionfs.session.lanes import Lane
@@ -183,7 +184,7 @@ def test_slow_lane_grows_to_its_limit_and_no_further(serve: Callable[..., Served
 
 
 def test_interrupt(serve: Callable[..., Served]) -> None:
-    """A request that waits for a thread is given up; one that runs, or is unknown, goes on and no INTERRUPT is answered."""
+    """A request that waits for a thread is given up; one that runs goes on; no INTERRUPT is answered."""
     gate, begun = threading.Event(), threading.Event()
 
     def wait() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from wire_fakes import ATTR, ATTR_BYTES, ENTRY, ENTRY_BYTES, VALID, FakeOps, failed, ok, request, terms
+
 from unionfs.errors import WouldBlock
 from unionfs.wire import dispatch
 from unionfs.wire.dispatch import Dispatcher, Opens
@@ -87,7 +88,8 @@ ROWS: list[tuple[int, str, bytes, Any, tuple[Any, ...] | None, bytes | None]] = 
     (22, "GETXATTR", struct.pack("<II", 5, 0) + b"user.a\0", b"value", ("getxattr", 7, b"user.a"), ok(b"value")),
     (22, "GETXATTR", struct.pack("<II", 4, 0) + b"user.a\0", b"value", ("getxattr", 7, b"user.a"),
      failed(errno.ERANGE)),
-    (23, "LISTXATTR", struct.pack("<II", 0, 0), [b"user.a", b"user.b"], ("listxattr", 7), ok(struct.pack("<II", 14, 0))),
+    (23, "LISTXATTR", struct.pack("<II", 0, 0), [b"user.a", b"user.b"], ("listxattr", 7),
+     ok(struct.pack("<II", 14, 0))),
     (23, "LISTXATTR", struct.pack("<II", 64, 0), [b"user.a", b"user.b"], ("listxattr", 7), ok(b"user.a\0user.b\0")),
     (23, "LISTXATTR", struct.pack("<II", 13, 0), [b"user.a", b"user.b"], ("listxattr", 7), failed(errno.ERANGE)),
     (24, "REMOVEXATTR", b"user.a\0", None, ("removexattr", 7, b"user.a"), ok()),
@@ -141,7 +143,7 @@ def test_every_opcode_is_tested() -> None:
 def test_literal_bytes() -> None:
     """One exchange as it is on the wire, without struct: LOOKUP of "a" in node 1, and the answer that there is none."""
     lookup = bytes.fromhex(
-        "2a000000" "01000000" "2a00000000000000" "0100000000000000" "e8030000" "64000000" "92100000" "0000" "0000" "6100"
+        "2a000000" "01000000" "2a00000000000000" "0100000000000000" "e8030000" "64000000" "92100000" "00000000" "6100"
     )  # fmt: skip
     assert lookup == request(1, 1, b"a\0")
     absent = "90000000" "00000000" "2a00000000000000" "0000000000000000" "0000000000000000" + "0000008000000000" * 2

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 from wire_fakes import INIT_FLAGS, init
+
 from unionfs.errors import MountError
 from unionfs.wire import abi, handshake
 from unionfs.wire.handshake import Negotiated, Refused, negotiate

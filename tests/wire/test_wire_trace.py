@@ -6,8 +6,9 @@ import errno
 import struct
 
 import pytest
-from wire_fakes import ATTR_BYTES, ENTRY_BYTES, VALID, failed, init, ok, request
 from test_wire_dispatch import ROWS
+from wire_fakes import ATTR_BYTES, ENTRY_BYTES, VALID, failed, init, ok, request
+
 from unionfs.wire import trace
 
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
+import signal
 import stat
 import struct
 import sys
 import threading
+import time
 from typing import Any
 
 from unionfs.api import Attr, Changes, DirEntry, DirEntryPlus, Entry, Notifier
@@ -59,7 +62,7 @@ class Loopback:
         self.next = 2
         self.lock = threading.RLock()
         self.slow_names: set[bytes] = set()  # looked up in the slow lane only
-        self.slow_gate: threading.Event | None = None  # what the slow lane waits for there
+        self.slow_gate = threading.Event()  # what the slow lane waits for there
         self.opens = 0
         self.notifier: Notifier | None = None
         self.stopped = False
@@ -109,8 +112,8 @@ class Loopback:
         if name in self.slow_names:
             if self.lanes.fast:
                 raise WouldBlock
-            if self.slow_gate is not None:
-                self.slow_gate.wait(30)
+            with open(self.root + b".begun-" + name, "w"):
+                self.slow_gate.wait(60)
         try:
             return self._entry(self._path(parent, name))
         except FileNotFoundError:
@@ -135,18 +138,21 @@ class Loopback:
         node = self.nodes[nodeid]
         if changes.size is not None:
             os.ftruncate(self._fd(nodeid), changes.size)
+        where: Any = node.fd if node.fd >= 0 else node.path  # by descriptor: the file may be unlinked
+        follow = node.fd >= 0
         if changes.uid is not None or changes.gid is not None:
-            os.lchown(node.path, -1 if changes.uid is None else changes.uid, -1 if changes.gid is None else changes.gid)
+            owner = (-1 if new is None else new for new in (changes.uid, changes.gid))
+            os.chown(where, *owner, follow_symlinks=follow)
         if changes.mode is not None:
-            os.chmod(node.path, stat.S_IMODE(changes.mode))
+            os.chmod(where, stat.S_IMODE(changes.mode))
         if changes.atime_ns is not None or changes.mtime_ns is not None:
-            st = os.lstat(node.path)
-            now = __import__("time").time_ns()
+            st = os.stat(where, follow_symlinks=follow)
+            now = time.time_ns()
             pick = [
                 old if new is None else now if new == -1 else new
                 for new, old in ((changes.atime_ns, st.st_atime_ns), (changes.mtime_ns, st.st_mtime_ns))
             ]
-            os.utime(node.path, ns=(pick[0], pick[1]), follow_symlinks=False)
+            os.utime(where, ns=(pick[0], pick[1]), follow_symlinks=follow)
         return self.getattr(nodeid)
 
     def readlink(self, nodeid: int) -> bytes:
@@ -329,15 +335,27 @@ def unmount(mountpoint: bytes, lazy: bool = False) -> None:
 
 
 def main() -> None:
-    """python wire_loopback.py ROOT MOUNTPOINT [data] [writeback] [debug]: prints "ready", serves, statistics."""
+    """python wire_loopback.py ROOT MOUNTPOINT DATA [word...]: prints "ready", serves, prints statistics as JSON.
+
+    Words: writeback, debug; one (slow thread only); any other is a name that only the slow lane looks up, and there
+    not before SIGUSR1 (ROOT.begun-NAME exists from when that begins).
+    """
     from unionfs.session.direct import DirectSession
 
-    root, mountpoint, *words = sys.argv[1:]
+    root, mountpoint, data, *words = sys.argv[1:]
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     mount(fd, os.fsencode(mountpoint))
-    data = next((word for word in words if word not in ("writeback", "debug")), "auto")
     ops = Loopback(os.fsencode(root))
-    session = DirectSession(fd, ops, data=data, writeback="writeback" in words, debug="debug" in words)
+    ops.slow_names = {os.fsencode(word) for word in words} - {b"writeback", b"debug", b"one"}
+    signal.signal(signal.SIGUSR1, lambda *_: ops.slow_gate.set())
+    session = DirectSession(
+        fd,
+        ops,
+        data=data,
+        writeback="writeback" in words,
+        debug="debug" in words,
+        max_threads=1 if "one" in words else 16,
+    )
     try:
         session.serve(lambda: print("ready", flush=True))
     finally:
@@ -346,7 +364,7 @@ def main() -> None:
         except OSError:
             pass
     statistics = session.statistics()
-    print({**statistics, "opens_left": ops.opens, "stopped": ops.stopped, "nodes": len(ops.nodes)}, flush=True)
+    print(json.dumps({**statistics, "opens_left": ops.opens, "stopped": ops.stopped}), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from support import limits
 from support.mounts import Maker, Union
+from support.sys import mount, umount
 from support.targets import ORACLES, Target
 
 DATA_MODES = ("noopen", "cached", "passthrough")
@@ -92,6 +95,40 @@ def make_union(request: pytest.FixtureRequest, target: Target, workspace: Path) 
 def union(make_union: Maker) -> Union:
     """An empty lower and an empty upper."""
     return make_union([{}])
+
+
+@pytest.fixture
+def disk(workspace: Path) -> Iterator[Callable[..., Path]]:
+    """disk(megabytes, kind="tmpfs", inodes=...): a small filesystem of its own."""
+    made: list[Path] = []
+
+    def make(megabytes: int, kind: str = "tmpfs", inodes: int = 0) -> Path:
+        path = Path(tempfile.mkdtemp(prefix="disk", dir=workspace))
+        if kind == "tmpfs":
+            mount("tmpfs", path, "tmpfs", f"size={megabytes}m" + (f",nr_inodes={inodes}" if inodes else ""))
+        else:
+            image = path.with_suffix(".img")
+            with open(image, "wb") as f:
+                f.truncate(megabytes << 20)
+            subprocess.run([f"mkfs.{kind}", "-q", *(["-F"] if kind == "ext4" else ["-f"]), image], check=True)
+            subprocess.run(["mount", "-o", "loop", image, path], check=True)
+        made.append(path)
+        path.chmod(0o777)
+        return path
+
+    yield make
+    for path in reversed(made):
+        umount(path)
+
+
+@pytest.fixture(scope="session")
+def ordinary_user() -> int:
+    """The uid of a user with an account, which fusermount3 asks for; made if it is missing."""
+    try:
+        return pwd.getpwnam("unionfs-test").pw_uid
+    except KeyError:
+        subprocess.run(["useradd", "--no-create-home", "--shell", "/bin/sh", "unionfs-test"], check=True)
+        return pwd.getpwnam("unionfs-test").pw_uid
 
 
 _skipped: dict[str, set[str]] = {}

@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from . import sys as syscalls
+from .procs import child
 from .targets import KERNEL_OPTIONS, Target
 from .trees import Snapshot, Tree, build, differences, snapshot
 
@@ -54,6 +56,11 @@ def is_mounted(path: str | Path) -> bool:
     wanted = str(path).encode().replace(b"\\", rb"\134").replace(b" ", rb"\040").replace(b"\n", rb"\012")
     with open("/proc/self/mountinfo", "rb") as mounts:
         return any(line.split(b" ")[4] == wanted for line in mounts)
+
+
+def unionfs(*argv: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
+    """Runs the command; output captured, never raises for its exit code."""
+    return subprocess.run([UNIONFS, *map(str, argv)], capture_output=True, text=True, timeout=120, **kwargs)
 
 
 class Union:
@@ -130,7 +137,7 @@ class Union:
             return
         wait_for(lambda: self.process.poll() is not None or is_mounted(self.merged), "the mount")
         if self.process.poll() is None:
-            os.stat(self.merged)  # waits until the server answers
+            child(os.stat, self.merged, uid=self.user or 0)  # waits until the server answers
         assert self.process.poll() is None, f"mount ended with {self.process.returncode}: {self.log.read_text()}"
         self._watchdog = threading.Timer(WATCHDOG_SECONDS, self._give_up)
         self._watchdog.daemon = True
@@ -211,7 +218,7 @@ class Union:
 
     def _check_modes(self) -> None:
         """Session and data mode are as asked: asked of the server once per target."""
-        if not self.target.ours or self.target in _modes_checked:
+        if not self.target.ours or self.user is not None or self.target in _modes_checked:
             return
         _modes_checked.add(self.target)
         status = self.status()
@@ -220,11 +227,10 @@ class Union:
         if self.target.data:
             assert status["data"] == self.target.data, status
 
-    def status(self) -> dict[str, object]:
-        done = subprocess.run([UNIONFS, "status", "--json", str(self.merged)], capture_output=True, text=True, timeout=60)
+    def status(self) -> dict[str, Any]:
+        done = unionfs("status", "--json", self.merged)
         assert done.returncode == 0, done.stderr
-        answer = json.loads(done.stdout)
-        return answer[0] if isinstance(answer, list) else answer
+        return json.loads(done.stdout)
 
     def check_lowers(self) -> None:
         for lower, before, ctimes in zip(self.lowers, self._lowers_before, self._ctimes_before, strict=False):
@@ -312,7 +318,9 @@ class Maker:
         self.unions: list[Union] = []
 
     def __call__(self, lowers: list[Tree] | None = None, upper: Tree | None = None, *, read_only: bool = False,
-                 options: str = "", compare: bool = True, mount: bool = True, user: int | None = None) -> Union:  # fmt: skip
+                 options: str = "", compare: bool = True, mount: bool = True, user: int | None = None,
+                 upper_on: Path | None = None) -> Union:  # fmt: skip
+        """`upper_on`: a directory on another filesystem that takes upper and work."""
         base = self.base / f"u{len(self.unions)}"
         base.mkdir()
         union = Union(base, self.target, options=options, compare=compare, user=user)
@@ -322,7 +330,7 @@ class Maker:
             build(path, tree)
             union.lowers.append(path)
         if not read_only:
-            union.upper, union.work = base / "upper", base / "work"
+            union.upper, union.work = (upper_on or base) / "upper", (upper_on or base) / "work"
             build(union.upper, upper or {})
             union.work.mkdir()
         if user is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import signal
@@ -9,6 +10,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from .sys import libc, mount
+
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+MS_REC, MS_PRIVATE = 0x4000, 0x40000
 USER = 12345  # an ordinary user and group; needs no account
 GROUP = 12345
 
@@ -86,3 +91,24 @@ def errno_of(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     except OSError as err:
         return err.errno or 0
     return 0
+
+
+def become_namespace_root() -> None:
+    """In a child: a user namespace of its own where the present user is root, and a mount namespace."""
+    uid, gid = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
+        with open(f"/proc/self/{name}", "w") as control:
+            control.write(text)
+    mount("none", "/", "", flags=MS_REC | MS_PRIVATE)
+
+
+def in_user_namespace(fn: Callable[..., Any], *args: Any, uid: int = USER) -> Any:
+    """Runs fn in a child that is root of a user namespace which an ordinary user made."""
+
+    def enter() -> Any:
+        become_namespace_root()
+        return fn(*args)
+
+    return child(enter, uid=uid)

@@ -11,7 +11,7 @@ import os
 import resource
 import time
 
-from unionfs.core.layers import FdCache, Layer, LDir, fd_path
+from unionfs.core.layers import Fd, FdCache, Layer, LDir, fd_path
 from unionfs.errors import EXIT_BUSY, EXIT_LAYER, EXIT_PERMISSION, MountError
 
 LOCK_WAIT = 3.0  # seconds: a server that was just unmounted needs a moment to go away
@@ -89,14 +89,15 @@ def lock(ldir: LDir, role: str, path: bytes) -> None:
         time.sleep(0.02)
 
 
-def open_work(layer: Layer, path: bytes, fresh: bool, cache: FdCache) -> tuple[LDir, Layer]:
-    """work/ (as the kernel's overlayfs lays it out: work/work for scratch), emptied of what a dead server left."""
+def open_work(layer: Layer, path: bytes, fresh: bool, cache: FdCache) -> tuple[LDir, LDir]:
+    """(work/work, work/) as the kernel's overlayfs lays it out; scratch is emptied of what a dead server left."""
     try:
         os.makedirs(path, 0o700, exist_ok=True)
-        holder = Layer(layer.index, path, True, cache)
-        lock(holder.root, "work", path)
+        holder = LDir(layer, None, b"", cache)
+        holder.fd = Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        lock(holder, "work", path)
         try:
-            os.mkdir(b"work", 0o700, dir_fd=holder.root.open().n)
+            os.mkdir(b"work", 0o700, dir_fd=holder.open().n)
         except FileExistsError:
             pass
     except OSError as e:
@@ -108,7 +109,7 @@ def open_work(layer: Layer, path: bytes, fresh: bool, cache: FdCache) -> tuple[L
         raise MountError(
             f"work {show(path)}: {e.strerror}; give a writable directory beside upper", EXIT_PERMISSION
         ) from None
-    scratch = holder.root.child(b"work")
+    scratch = holder.child(b"work")
     empty(scratch)
     return scratch, holder
 

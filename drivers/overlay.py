@@ -75,7 +75,7 @@ class OverlayDriver(Driver):
         self.wh_files = False  # whiteouts of ours are .wh. files
         self.index_entries: set[bytes] = set()
         self._index: LDir | None = None
-        self._holder: Layer | None = None
+        self._holder: LDir | None = None
         self._open_layers(config)
         self.bottom = len(self.layers) - 1
         self.ino_bases = origin.device_bases(self.layers)
@@ -163,17 +163,18 @@ class OverlayDriver(Driver):
         if not wanted or not all(origin.supported(layer.root) for layer in self.layers[1:]):
             return
         try:
-            os.mkdir(b"index", 0o700, dir_fd=holder.root.open().n)
+            os.mkdir(b"index", 0o700, dir_fd=holder.open().n)
         except FileExistsError:
             pass
-        self._index = holder.root.child(b"index")
+        self._index = holder.child(b"index")
         self._index.impure = True
         self.index_entries = set(os.listdir(fd_path(self._index.open())))
         self.index = True
 
     def stop(self) -> None:
-        for layer in (*self.layers, *((self._holder,) if self._holder is not None else ())):
-            layer.root.fd = None  # the locks go with the descriptors
+        for ldir in (self._holder, *(layer.root for layer in self.layers)):
+            if ldir is not None:
+                ldir.fd = None  # the locks go with the descriptors
 
     # --- reading ---
 

@@ -43,6 +43,8 @@ class Listing(Lookup):
                         continue
                     st = found[1]
                     node = self._adopt(p, name, *found)
+                    if node.more is not None:
+                        st = self._stat(node)  # a hard link may have been copied up under another name
                 else:
                     st = self._stat(node)
                 attr = self._attr(node, st)

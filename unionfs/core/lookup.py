@@ -38,7 +38,8 @@ class Lookup(Base):
         if found is None:
             return None
         ldir, st = found
-        return self._entry(self._adopt(p, name, ldir, st), st)
+        node = self._adopt(p, name, ldir, st)
+        return self._entry(node, st if node.more is None else self._stat(node))
 
     def _find(self, p: Dir, name: bytes) -> tuple[LDir, os.stat_result] | None:
         """The topmost layer directory of p that has name, and its attributes there."""
@@ -255,7 +256,7 @@ class Lookup(Base):
     def _walk(self, root: LDir, path: bytes, last_layer: bool) -> tuple[LDir | None, bytes, bool]:
         """Walk a redirect in one layer: (directory or None, the path for the layers below, look no further)."""
         parts = [part for part in path.split(b"/") if part]
-        if any(part in (b".", b"..") for part in parts):
+        if any(part in (b".", b"..") for part in parts) or b"\0" in path:
             raise fail(errno.EIO, path)  # a layer that tries to lead outside
         here = root
         stop = False

@@ -125,8 +125,8 @@ class Loopback:
             node.nlookup -= nlookup
             if node.nlookup <= 0 and nodeid != 1:
                 del self.nodes[nodeid]
-                if self.by_path.get(node.path) == nodeid:
-                    del self.by_path[node.path]
+                for path in [path for path, known in self.by_path.items() if known == nodeid]:
+                    del self.by_path[path]
                 if node.fd >= 0:
                     os.close(node.fd)
 

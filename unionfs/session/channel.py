@@ -90,13 +90,11 @@ class Channel:
     def stop(self) -> None:
         """Make receive return 0, now and for ever. Safe from any thread and from a signal handler."""
         self.stopped = True
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        os.eventfd_write(self._wake, 1)
 
-    def close(self) -> None:
-        """Let go of what is ours; the device descriptor is its opener's to close."""
-        wake, self._wake = self._wake, -1
-        os.close(wake)
+    def __del__(self) -> None:
+        # Not earlier: `stop` may come at any time. The device descriptor is its opener's to close.
+        os.close(self._wake)
 
 
 def notify(fd: int, message: bytes) -> None:

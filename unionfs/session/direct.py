@@ -85,24 +85,21 @@ class DirectSession:
 
         Starts the core with this session as its notifier, and stops it after the last request.
         """
+        if self.terms is None:
+            self.terms = self._handshake()
+        if self.terms.data == "passthrough":
+            self._opens = PassthroughOpens(self.ops, self._channel)
+        self.ops.start(self)
         try:
-            if self.terms is None:
-                self.terms = self._handshake()
-            if self.terms.data == "passthrough":
-                self._opens = PassthroughOpens(self.ops, self._channel)
-            self.ops.start(self)
-            try:
-                self.ops.lanes.fast = True
-                on_ready()
-                _tune_interpreter()
-                self._loop(dispatch.Dispatcher(self.ops, self.terms, self._opens, fast=True), self.terms)
-            finally:
-                self.ops.lanes.fast = False
-                if not self._slow.close(CLOSE_TIMEOUT) or not self._notices.close(1.0):
-                    print("unionfs: requests still running at the end of the mount were left behind", file=sys.stderr)
-                self.ops.stop()
+            self.ops.lanes.fast = True
+            on_ready()
+            _tune_interpreter()
+            self._loop(dispatch.Dispatcher(self.ops, self.terms, self._opens, fast=True), self.terms)
         finally:
-            self._channel.close()
+            self.ops.lanes.fast = False
+            if not self._slow.close(CLOSE_TIMEOUT) or not self._notices.close(1.0):
+                print("unionfs: requests still running at the end of the mount were left behind", file=sys.stderr)
+            self.ops.stop()
 
     def _loop(self, dispatcher: dispatch.Dispatcher, terms: Negotiated) -> None:
         request = bytearray(terms.max_write + 4096)

@@ -61,6 +61,7 @@ def test_overlapping_layers(place: Union) -> None:
         (f"{low}:{low / 'in'}", u.upper, u.work), (f"{other}:{u.upper}", u.upper, u.work),
     ):  # fmt: skip
         refused(u, 3, "--lower", lower, "--upper", upper, "--work", work, u.merged)
+    u.remember_lowers()
 
 
 def test_overlap_through_symlink(place: Union) -> None:
@@ -91,7 +92,6 @@ def test_mountpoints(place: Union) -> None:
     (u.base / "full").mkdir()
     (u.base / "full/x").touch()
     refused(u, 5, *layers, u.base / "full", names=u.base / "full")
-    refused(u, (3, 5), *layers, u.upper)
     refused(u, (3, 5), *layers, u.lowers[0])
     (u.up / "inside").mkdir()
     refused(u, (3, 5), *layers, u.up / "inside")

@@ -117,7 +117,7 @@ def test_kernel_then_ours_then_kernel(make_union: Maker, options: str) -> None:
 
 def test_kernel_numbers_after_us(make_union: Maker) -> None:
     """The origin that we record gives the kernel the same st_ino for copied-up files as before."""
-    u = make_union([{"d/f": "x", "g": "y"}])
+    u = make_union([{"d/f": "x", "g": "y"}], mount=False)
     with u.kernel_view() as view:
         before = {name: (view / name).stat().st_ino for name in ("d", "d/f", "g")}
     u.mount()
@@ -191,12 +191,12 @@ def test_stacked_on_kernel_and_below(make_union: Maker) -> None:
         assert (view / "new").read_text() == "n+"
         assert os.listdir(view / "d") == []
     assert (u / "new").read_text() == "n"
-    outer._lowers_before, outer._ctimes_before = [], []
+    outer.lowers, outer.work = [], None  # the kernel leaves a whiteout to link from in work
 
 
 def test_nested_ours(make_union: Maker) -> None:
     """A union whose lower and upper are in another union."""
-    inner = make_union([{"low/a": "1", "low/d/x": "x", "low/e/y": "y"}])
+    inner = make_union([{"low/a": "1", "low/d/x": "x", "low/e/y": "y"}], compare=False)  # holds whiteouts of the outer one
     for name in ("upper", "work"):
         (inner / name).mkdir()
     outer = make_union([{}], mount=False, compare=False)

@@ -232,6 +232,7 @@ def test_paths_renamed_while_mounted(make_union: Maker) -> None:
         f.write("2")
     assert (u / "a").read_text() == "12"
     os.rename(moved, u.lower)
+    u.remember_lowers()
 
 
 def test_which_and_diff(make_union: Maker) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +24,6 @@ from typing import Any
 import pytest
 
 from . import sys as syscalls
-from .procs import child
 from .targets import KERNEL_OPTIONS, Target
 from .trees import Snapshot, Tree, build, differences, snapshot
 
@@ -126,22 +127,37 @@ class Union:
         return [*argv, str(self.merged)]
 
     def mount(self) -> None:
-        with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                **({} if self.user is None else {"user": self.user, "group": self.user, "extra_groups": []}),
-            )  # fmt: skip
-        if self.target.driver == "kernel":
-            assert self.process.wait() == 0, self.log.read_text()
-            self.process = None
-            return
-        wait_for(lambda: self.process.poll() is not None or is_mounted(self.merged), "the mount")
-        if self.process.poll() is None:
-            child(os.stat, self.merged, uid=self.user or 0)  # waits until the server answers
+        assert not is_mounted(self.merged)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
+            ready.bind(f"\0unionfs-test-{os.getpid()}-{self.merged}")
+            address = "@" + os.fsdecode(ready.getsockname()[1:])
+            with open(self.log, "ab") as log:
+                self.process = subprocess.Popen(
+                    self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"NOTIFY_SOCKET": address},
+                    **({} if self.user is None else {"user": self.user, "group": self.user, "extra_groups": []}),
+                )  # fmt: skip
+            if self.target.driver == "kernel":
+                assert self.process.wait() == 0, self.log.read_text()
+                self.process = None
+                return
+            self._wait_until_ready(ready)
         assert self.process.poll() is None, f"mount ended with {self.process.returncode}: {self.log.read_text()}"
         self._watchdog = threading.Timer(WATCHDOG_SECONDS, self._give_up)
         self._watchdog.daemon = True
         self._watchdog.start()
+
+    def _wait_until_ready(self, ready: socket.socket) -> None:
+        """Ours tells systemd's way when it answers; of an oracle only the mount table tells."""
+        process = self.process
+        assert process is not None
+        if not self.target.ours:
+            wait_for(lambda: process.poll() is not None or is_mounted(self.merged), "the mount")
+            return
+        ending = os.pidfd_open(process.pid)
+        try:
+            assert select.select([ready, ending], [], [], 60)[0], "waited 60 s for the mount"
+        finally:
+            os.close(ending)
 
     def _give_up(self) -> None:
         """A process that waits for a stuck server can't be interrupted: killing the server fails its call."""
@@ -158,7 +174,12 @@ class Union:
         if self._watchdog:
             self._watchdog.cancel()
         if self.process is not None:
-            code = self.process.wait(60)
+            try:
+                code = self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.send_signal(signal.SIGUSR1)  # stacks of all threads to the log
+                time.sleep(1)
+                raise
             self.process = None
             assert code == 0, f"server ended with {code}: {self.log.read_text()}"
         assert not is_mounted(self.merged)

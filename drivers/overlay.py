@@ -113,6 +113,7 @@ class OverlayDriver(Driver):
                 branches.lock(top.root, "upper", config.upper)
                 top.work, self._holder = branches.open_work(top, config.work, fresh, self.fds)
                 self._probe_upper(top)
+                self.writable.append(top)
         for path in config.lowers:
             self.layers.append(branches.open_layer(len(self.layers), path, "lower", False, self.fds))
 
@@ -466,16 +467,16 @@ class OverlayDriver(Driver):
         except OSError:
             return None
 
-    def index_find(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
-        if not self.index_entries:
+    def index_find(self, source: LDir, name: bytes, st: os.stat_result) -> tuple[LDir, bytes] | None:
+        if not self.index_entries or self._index is None:
             return None
         entry = self.index_name(source, name, st)
-        return entry if entry in self.index_entries else None
+        return (self._index, entry) if entry is not None and entry in self.index_entries else None
 
-    def index_added(self, entry: bytes) -> None:
+    def index_added(self, index: LDir, entry: bytes) -> None:
         self.index_entries.add(entry)
 
-    def index_removed(self, entry: bytes) -> None:
+    def index_removed(self, index: LDir, entry: bytes) -> None:
         self.index_entries.discard(entry)
 
     def set_nlink_delta(self, path: bytes, delta: int) -> None:

@@ -16,14 +16,14 @@ from stat import S_ISLNK, S_ISREG
 from unionfs import sysio
 from unionfs.core.base import fail
 from unionfs.core.layers import Fd, Layer, LDir, fd_path
-from unionfs.core.listing import Listing
 from unionfs.core.nodes import Dir, Node
+from unionfs.core.placement import Placement
 
 INLINE_COPY = 256 << 10  # bytes that the fast lane copies itself
 METACOPY_MIN = 64 << 10  # below it a metadata change copies the data too: that costs less than following it later
 
 
-class CopyUp(Listing):
+class CopyUp(Placement):
     # --- directories ---
 
     def ensure_dir(self, d: Dir, layer: Layer) -> LDir:
@@ -39,6 +39,16 @@ class CopyUp(Listing):
                     return ldir
             assert d.parent is not None
             return self._copy_up_dir(d, self.ensure_dir(d.parent, layer))
+
+    def _lift_dir(self, d: Dir) -> Layer:
+        """See to it that the directory that d's attributes come from is writable; the layer it is in."""
+        layer = d.ldirs[0].layer
+        if not layer.writable:
+            if d.parent is None:
+                raise fail(errno.EROFS)  # the root of the topmost branch
+            layer = self._place_copy(d.parent, layer)
+            self.ensure_dir(d, layer)
+        return layer
 
     def _copy_up_dir(self, d: Dir, into: LDir) -> LDir:
         source = d.ldirs[0]
@@ -93,13 +103,13 @@ class CopyUp(Listing):
         `size`: the file is about to be cut to that length, more need not be copied.
         """
         if isinstance(node, Dir):
-            if not node.ldirs[0].layer.writable:
-                self.ensure_dir(node, self.driver.place_copyup(node))
+            self._lift_dir(node)
             return
         while True:
             more = node.more
             if node.ldir.layer.writable and not (data and more is not None and more.data is not None):
-                return
+                if not (more is not None and more.moving):
+                    return
             running = self.copying.get(node)
             if running is not None:
                 self._park()
@@ -125,6 +135,47 @@ class CopyUp(Listing):
                     self.forget(node.id, 0)
             return
 
+    def relocate(self, node: Node, layer: Layer) -> None:
+        """Move a file from one writable layer to another one, where it is seen under the same name.
+
+        EXDEV for what can't be moved unnoticed: several links, or an open descriptor that the kernel writes through.
+        """
+        more = node.more
+        if more is not None and (more.unlinked or more.aliases or more.backed):
+            raise fail(errno.EXDEV, node.name)
+        self._park()
+        done = threading.Event()
+        if self.copying.setdefault(node, done) is not done:
+            raise fail(errno.EBUSY, node.name)
+        old, name, p = node.ldir, node.name, node.parent
+        assert p is not None
+        more = node.extra()
+        more.moving = True
+        try:
+            st = self._stat(node)
+            if st.st_nlink > 1:
+                raise fail(errno.EXDEV, name)
+            self.files.pop(node.id, None)  # a write from now on waits for us
+            into = self.ensure_dir(p, layer)
+            work = self._work(layer)
+            tmp = self._tmp_name()
+            try:
+                self._build_copy(node, st, work, tmp, True, st.st_size)
+                with self._times_kept(into):
+                    self.driver.publish(work, tmp, into, name, False)
+            except BaseException:
+                self._discard(work, tmp, False)
+                raise
+            node.ldir = into
+            self._name_added(p, name, into, False, new=False)
+            if into.layer.index < old.layer.index:
+                with self._times_kept(old):
+                    os.unlink(name, dir_fd=old.open().n)
+        finally:
+            more.moving = False
+            del self.copying[node]
+            done.set()
+
     def _can_metacopy(self, node: Node, st: os.stat_result) -> bool:
         return (
             self.driver.metacopy
@@ -134,10 +185,10 @@ class CopyUp(Listing):
         )
 
     def _copy_up(self, node: Node, st: os.stat_result, data: bool, length: int) -> None:
-        layer = self.driver.place_copyup(node)
-        work = self._work(layer)
         more = node.more
         unlinked = more is not None and more.unlinked
+        layer = self._place_copy(node.parent or self.root, node.ldir.layer)
+        work = self._work(layer)
         into: LDir | None = None
         if not unlinked:
             assert node.parent is not None
@@ -225,7 +276,7 @@ class CopyUp(Listing):
             self.driver.set_nlink_delta(fd_path(work.open(), tmp), delta)
             os.link(tmp, entry, src_dir_fd=work.open().n, dst_dir_fd=index.open().n, follow_symlinks=False)
             self.driver.publish(work, tmp, into, node.name, False)
-        self.driver.index_added(entry)
+        self.driver.index_added(index, entry)
         more = node.extra()
         more.index = entry
         more.nlink_delta = delta

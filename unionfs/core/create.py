@@ -76,7 +76,7 @@ class Create(CopyUp):
         gid: int,
     ) -> Entry:
         self._check_name(p, name)
-        layer = self.driver.place(p, name)
+        layer = self._place_new(p, name)
         ldir = self.ensure_dir(p, layer)
         fd = ldir.open()
         try:
@@ -87,14 +87,20 @@ class Create(CopyUp):
             self._new_over_whiteout(p, name, make, kind, bits, rdev, uid, gid, layer, ldir)
         else:
             try:
-                if self.driver.beside_whiteout(ldir, name) and kind == S_IFDIR:
+                if kind == S_IFDIR and self.driver.beside_whiteout(ldir, name):
                     self.driver.set_opaque(ldir, name)
                 self._own(p, fd, name, kind, bits, rdev, uid, gid, in_place=True)
             except BaseException:
                 (os.rmdir if kind == S_IFDIR else os.unlink)(name, dir_fd=fd.n)
                 raise
-            self.driver.drop_whiteout_beside(ldir, name)
+            self._drop_whiteout(p, name, ldir)
         return self._born(p, name, ldir, kind)
+
+    def _drop_whiteout(self, p: Dir, name: bytes, ldir: LDir) -> None:
+        """After an entry has appeared beside a whiteout of its name (`.wh.` files): nothing is hidden by it any more."""
+        names = p.names
+        if len(p.ldirs) > 1 and (names is None or ldir is p.ldirs[-1] or names.get(name, ldir) is None):
+            self.driver.drop_whiteout_beside(ldir, name)
 
     def _new_over_whiteout(
         self, p: Dir, name: bytes, make: Callable[[int, bytes], None], kind: int, bits: int, rdev: int,
@@ -159,7 +165,7 @@ class Create(CopyUp):
         def make(fd: int, at: bytes) -> None:
             self.driver.make_nested_whiteout(fd, at)
 
-        ldir = self.ensure_dir(p, self.driver.place(p, name))
+        ldir = self.ensure_dir(p, self._place_new(p, name))
         if ldir.impure is not True:
             self.driver.mark_impure(ldir)
         entry = self._new(p, name, make, S_IFREG, 0, 0, uid, gid)
@@ -180,7 +186,9 @@ class Create(CopyUp):
         if more is not None and more.unlinked and not more.orphan:
             raise fail(errno.ENOENT)
         self.make_writable(node, data=False)
-        layer = self.driver.place_link(node, p, name)
+        layer = node.ldir.layer
+        if not self._shows(p, name, layer):
+            raise fail(errno.EXDEV, name)  # something above the inode's layer would hide the new name
         ldir = self.ensure_dir(p, layer)
         fd = ldir.open()
         source, path, follow = self._at(node)
@@ -200,7 +208,7 @@ class Create(CopyUp):
                 self._discard(work, tmp, False)
                 raise
         else:
-            self.driver.drop_whiteout_beside(ldir, name)
+            self._drop_whiteout(p, name, ldir)
         del source
         st = os.stat(name, dir_fd=fd.n, follow_symlinks=False)
         more = node.extra()
@@ -225,7 +233,7 @@ class Create(CopyUp):
 
     def tmpfile(self, parent: int, flags: int, mode: int, umask: int, uid: int, gid: int) -> Entry:
         p = self._dir(parent)
-        layer = self.driver.place(p, b"")
+        layer = self._place_new(p, b"")
         ldir = self.ensure_dir(p, layer)
         bits = self._masked(p, mode & 0o7777, umask)
         disk_bits = self.idmap.disk_mode(S_IFREG, bits)
@@ -274,7 +282,7 @@ class Create(CopyUp):
     def _check_name(self, p: Dir, name: bytes) -> None:
         if self.driver.reserved(name):
             raise fail(errno.EPERM, name)
-        if len(name) > 255:
+        if len(name) > self.driver.name_limit:
             raise fail(errno.ENAMETOOLONG, name)
         if p.removed:
             raise fail(errno.ENOENT, name)

@@ -62,6 +62,8 @@ class Data(Rename):
         node = self.slots[nodeid]
         if node is not None and node.more is not None:
             node.more.opens -= 1
+            if node.more.opens <= 0:
+                node.more.backed = False
 
     def backing_fd(self, nodeid: int, write: bool) -> int | None:
         node = self._node(nodeid)
@@ -75,6 +77,7 @@ class Data(Rename):
                 f = self._open_data(node, not self.driver.read_only)
             except PermissionError:
                 return None
+        node.extra().backed = True
         return f.n
 
     def _open_data(self, node: Node, write: bool) -> OpenFile:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Literal
 
-    from unionfs.core.nodes import Dir, Node
+    from unionfs.core.nodes import Dir
 
     # A name in one layer: its attributes, None (says nothing), False (a whiteout: look no further down).
     Probe = os.stat_result | None | Literal[False]
@@ -61,6 +61,8 @@ class Driver:
         self.config = config
         self.layers: list[Layer] = []
         self.read_only = config.upper is None
+        self.writable: list[Layer] = []  # the layers that are, topmost first
+        self.name_limit = 255  # bytes of a name that users can make
         self.fds = FdCache(1024)
         self.metacopy = False  # metadata changes of big files copy no data
         self.index = False  # hard links of lower inodes stay linked over copy-up
@@ -94,21 +96,16 @@ class Driver:
 
     # --- where ---
 
-    def place(self, parent: Dir, name: bytes) -> Layer:
-        """The layer for a new entry or a whiteout. EROFS: none."""
-        if self.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return self.layers[0]
+    # The core finds the writable layers that fit (where the result would be seen), topmost first; with a choice of
+    # several it asks the driver.
 
-    def place_copyup(self, node: Node) -> Layer:
-        """The layer that a file is copied up to: above its own."""
-        if self.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return self.layers[0]
+    def place_new(self, parent: Dir, fit: list[Layer]) -> Layer:
+        """The layer for a new entry of parent."""
+        return fit[0]
 
-    def place_link(self, node: Node, parent: Dir, name: bytes) -> Layer:
-        """The layer for a further name of a node that lies in a writable layer: its own."""
-        return node.ldir.layer
+    def place_copyup(self, parent: Dir, fit: list[Layer]) -> Layer:
+        """The layer that an entry of parent is copied up to; all that fit are above its own."""
+        return fit[0]
 
     # --- recording ---
 
@@ -184,14 +181,14 @@ class Driver:
         """The index entry's name for a lower inode, whether it exists or not."""
         return None
 
-    def index_find(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
-        """The name of an existing index entry for a lower inode."""
+    def index_find(self, source: LDir, name: bytes, st: os.stat_result) -> tuple[LDir, bytes] | None:
+        """The existing index entry for a lower inode: directory and name."""
         return None
 
-    def index_added(self, entry: bytes) -> None:
+    def index_added(self, index: LDir, entry: bytes) -> None:
         pass
 
-    def index_removed(self, entry: bytes) -> None:
+    def index_removed(self, index: LDir, entry: bytes) -> None:
         pass
 
     def set_nlink_delta(self, path: bytes, delta: int) -> None:

@@ -153,9 +153,9 @@ class Lookup(Base):
         key = (st.st_dev, st.st_ino)
         node = self.table.links.get(key)
         if node is None and self.driver.index and not ldir.layer.writable:
-            entry = self.driver.index_find(ldir, name, st)
-            if entry is not None:
-                node = self._indexed(p, name, ldir, st, entry)
+            indexed = self.driver.index_find(ldir, name, st)
+            if indexed is not None:
+                node = self._indexed(p, name, ldir, st, *indexed)
                 self.table.links[key] = node
                 self.table.add(node)
                 p.children[name] = node
@@ -167,10 +167,8 @@ class Lookup(Base):
         p.children[name] = node
         return node
 
-    def _indexed(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result, entry: bytes) -> Node:
+    def _indexed(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result, index: LDir, entry: bytes) -> Node:
         """A lower hard link whose inode was copied up: the node sits in the index."""
-        index = self.driver.index_dir(self.driver.layers[0])
-        assert index is not None
         node = Node(p, name, index, self.ino_of(st), self._kind(st))
         more = node.extra()
         more.index = entry

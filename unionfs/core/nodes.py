@@ -18,9 +18,11 @@ class More:
 
     __slots__ = (
         "aliases",
+        "backed",
         "data",
         "index",
         "key",
+        "moving",
         "nested_whiteout",
         "nlink_delta",
         "opens",
@@ -40,6 +42,8 @@ class More:
         self.index: bytes | None = None  # its name in the index, once copied up
         self.key: tuple[int, int] | None = None  # where NodeTable.links has it
         self.opens = 0  # opens that the kernel told us of
+        self.moving = False  # between two writable layers: who wants to write waits
+        self.backed = False  # the kernel reads and writes a descriptor of ours by itself
 
 
 class Node:

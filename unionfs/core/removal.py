@@ -26,7 +26,7 @@ class Removal(Create):
             self.copying[node].wait()
         self._index_first(node)
         holder = self._holder(p, name, node)
-        ldir, covered = self._removal_place(p, name, holder)
+        ldir, covered = self._removal_place(p, name, holder, node)
         self._pin(p, name, node)
         if holder is ldir:
             if covered:
@@ -52,7 +52,7 @@ class Removal(Create):
         if not isinstance(node, Dir):
             raise fail(errno.ENOTDIR, name)
         self._require_empty(node)
-        ldir, covered = self._removal_place(p, name, node.ldir if node.ldir.layer.writable else None)
+        ldir, covered = self._removal_place(p, name, node.ldir if node.ldir.layer.writable else None, node)
         self._remove_dir(p, name, node, ldir, covered)
         self._name_removed(p, name, covered, True)
         self._dir_gone(node)
@@ -86,12 +86,14 @@ class Removal(Create):
                 return ldir
         return None
 
-    def _removal_place(self, p: Dir, name: bytes, holder: LDir | None) -> tuple[LDir, bool]:
+    def _removal_place(self, p: Dir, name: bytes, holder: LDir | None, node: Node) -> tuple[LDir, bool]:
         """Where the removal is recorded, and whether something below would show without a whiteout."""
         if holder is not None:
             place = next(ldir for ldir in p.ldirs if ldir.layer is holder.layer)
             return place, len(p.ldirs) > 1 and self._below(p, name, place.layer.index) is not None
-        return self.ensure_dir(p, self.driver.place(p, name)), True
+        # the inode of a name that is only below may lie in the index, which is above it
+        indexed = node.more is not None and node.more.index is not None
+        return self.ensure_dir(p, self._place_whiteout(node.ldir.layer.index + indexed)), True
 
     def _pin(self, p: Dir, name: bytes, node: Node) -> None:
         """Before a file's last name goes: hold its inode."""
@@ -127,7 +129,7 @@ class Removal(Create):
         lower_only = not node.ldir.layer.writable
         if more.index is not None and links <= 0:
             os.unlink(more.index, dir_fd=node.ldir.open().n)
-            self.driver.index_removed(more.index)
+            self.driver.index_removed(node.ldir, more.index)
             more.index = None
         more.unlinked = lower_only or links <= 0
         if more.key is not None and more.unlinked and self.table.links.get(more.key) is node:

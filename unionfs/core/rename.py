@@ -49,6 +49,8 @@ class Rename(Removal):
         self, p: Dir, name: bytes, node: Node, q: Dir, newname: bytes, target: Node | None, nested_whiteout: bool
     ) -> None:
         layer = self._lift(p, name, node)
+        if not self._shows(q, newname, layer):
+            layer = self._lift_above(p, name, node, q, newname)
         src = self.ensure_dir(p, layer)
         dst = self.ensure_dir(q, layer)
         covered_src = self._below(p, name, layer.index) is not None
@@ -64,6 +66,7 @@ class Rename(Removal):
         if dst.impure is not True and not isinstance(node, Dir) and self._has_marks(node):
             self.driver.mark_impure(dst)
         self.driver.move(src, name, dst, newname, covered_src, isinstance(node, Dir))
+        self._drop_whiteout(q, newname, dst)
         is_dir = isinstance(node, Dir)
         self._name_removed(p, name, covered_src, is_dir)
         if target is not None:
@@ -81,15 +84,20 @@ class Rename(Removal):
     def _lift(self, p: Dir, name: bytes, node: Node) -> Layer:
         """The writable layer that the node can be renamed in; it is there afterwards."""
         if isinstance(node, Dir):
-            layer = node.ldirs[0].layer
-            if not layer.writable:
-                layer = self.driver.place_copyup(node)
-                self.ensure_dir(node, layer)
-            return layer
+            return self._lift_dir(node)
         self.make_writable(node, data=False)
         layer = node.ldir.layer
         self._ensure_alias(p, name, node, layer)
         return layer
+
+    def _lift_above(self, p: Dir, name: bytes, node: Node, q: Dir, newname: bytes) -> Layer:
+        """Take a file to the nearest layer above its own where it would be seen under its new name."""
+        above = [layer for layer in self.driver.writable if layer.index < node.ldir.layer.index]
+        fit = [layer for layer in above if self._shows(q, newname, layer)]
+        if not fit or isinstance(node, Dir):
+            raise fail(errno.EXDEV if above else errno.EROFS, newname)
+        self.relocate(node, fit[-1])
+        return fit[-1]
 
     def _prepare_dir(self, node: Dir, src: LDir, name: bytes, covered: bool) -> None:
         """Before a directory moves: what it merges with below must come along, what is below its new name must not."""

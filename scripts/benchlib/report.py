@@ -81,10 +81,9 @@ def document(results: Results) -> str:
     lines = [
         f"Measured on {head['date']}: {head['machine']}; scale {head['scale']}, median of {head['rounds']} interleaved "
         "rounds ± half the distance between the quartiles.",
-        "Lower is better except where the unit has ↑. Bold: the fastest union in user space. Layers' metadata and data were in "
-        "memory before each",
-        "sample (warm-up: one pass of `find` over the layers); *cold* means the first pass over a freshly made mount, "
-        "*warm* the best of the next passes.",
+        "Lower is better except where the unit has ↑. Bold: the fastest union in user space.",
+        "Layers' metadata and data were in memory before each sample (warm-up: one pass of `find` over the layers);",
+        "*cold* means the first pass over a freshly made mount, *warm* the best of the next passes.",
         "",
         "| peer | version | options |",
         "|---|---|---|",

@@ -105,8 +105,9 @@ def measure(results: Results, peers: list[Peer], todo: list[Workload], rounds: i
             results.add_rows(work.rows)
             given_up: set[str] = set()
             # A B C A B C: a disturbance of the machine meets every peer, not one.
-            for _ in range(rounds):
+            for turn in range(rounds):
                 for peer in present:
+                    runs[peer.key].messages = {} if turn == 0 else None
                     bar.say(f"{work.name} {peer.label}")
                     if peer.key not in given_up and not sample(results, bar, work, runs[peer.key]):
                         given_up.add(peer.key)
@@ -130,6 +131,8 @@ def sample(results: Results, bar: Bar, work: Workload, run: Run) -> bool:
         return False
     for key, value in got.items():
         results.add(key, run.peer.key, value)
+    if run.messages:
+        results.messages.setdefault(work.name, {})[run.peer.key] = run.messages
     return True
 
 

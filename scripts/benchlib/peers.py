@@ -6,6 +6,7 @@ what we assume of ourselves too); they are printed with the results. All run as 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -54,6 +55,10 @@ class Peer:
 
     def command(self, lowers: list[Path], upper: Path | None, work: Path, mnt: Path) -> tuple[Path, list[str]]:
         raise NotImplementedError
+
+    def messages(self, mnt: Path) -> dict[str, int]:
+        """Requests that the kernel has sent so far, by name, where the peer counts them."""
+        return {}
 
     def unmount(self, mnt: Path) -> None:
         for _ in range(40):
@@ -186,6 +191,12 @@ class Ours(Peer):
         git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         done = subprocess.run(git, capture_output=True, text=True)
         return f"this tree ({done.stdout.strip() or 'no git'})"
+
+    def messages(self, mnt: Path) -> dict[str, int]:
+        done = subprocess.run([self.binary(), "status", "--json", mnt], capture_output=True, text=True, timeout=30)
+        if done.returncode:
+            raise RuntimeError(f"unionfs status: {done.stderr.strip()}")
+        return dict(json.loads(done.stdout)["statistics"]["session"].get("messages", {}))
 
     def command(self, lowers: list[Path], upper: Path | None, work: Path, mnt: Path) -> tuple[Path, list[str]]:
         argv = [str(self.binary()), "mount", "--session", self.session]

@@ -98,7 +98,20 @@ def document(results: Results) -> str:
     )  # fmt: skip
     if reasons:
         text += "\n### Not measured\n\n" + "".join(f"- {label}, {where}: {why}\n" for label, why, where in reasons)
-    return text
+    return text + messages(results)
+
+
+def messages(results: Results, peer: str = "ours") -> str:
+    """What one sample of each workload asked of our server."""
+    rows = [(work, counts[peer]) for work, counts in results.messages.items() if peer in counts]
+    if not rows:
+        return ""
+    lines = ["", "### Messages of one sample", "", "| workload | messages | of these |", "|---|---:|---|"]
+    for work, counts in rows:
+        most = sorted(counts.items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {count:,}" for name, count in most if count > 2)
+        lines.append(f"| {work} | {sum(counts.values()):,} | {shown} |")
+    return "\n".join(lines) + "\n"
 
 
 def check(results: Results, peer: str = "ours") -> str:

@@ -17,6 +17,7 @@ class Results:
         self.rows: dict[str, Row] = {}
         self.samples: dict[str, dict[str, list[float]]] = {}
         self.reasons: dict[str, dict[str, str]] = {}
+        self.messages: dict[str, dict[str, dict[str, int]]] = {}  # workload, peer, request: how many in one sample
 
     def add_peer(self, key: str, label: str, version: str, options: str, missing: str | None) -> None:
         self.peers[key] = {"label": label, "version": version, "options": options, "missing": missing}
@@ -67,13 +68,15 @@ class Results:
             }
             for row in self.rows.values()
         }  # fmt: skip
-        path.write_text(json.dumps({**self.head, "peers": self.peers, "rows": rows}, indent=1) + "\n")
+        everything = {**self.head, "peers": self.peers, "rows": rows, "messages": self.messages}
+        path.write_text(json.dumps(everything, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:
         data = json.loads(path.read_text())
         self = cls(**{k: data[k] for k in ("scale", "rounds", "machine", "date")})
         self.peers = data["peers"]
+        self.messages = data["messages"]
         for key, row in data["rows"].items():
             self.rows[key] = Row(key, row["title"], row["unit"], row["group"], row["better"])
             self.samples[key] = row["samples"]

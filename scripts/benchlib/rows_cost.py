@@ -17,7 +17,7 @@ def need_server(run: Run) -> None:
 
 
 @workload("being there", [
-    ("ready", "exec of the mount command to a mount that answers", "ms"),
+    ("ready", "mount: from exec to ready", "ms"),
     ("rss.idle", "resident memory, idle", "MiB"),
     ("fds.idle", "file descriptors held, idle", ""),
     ("wakeups", "context switches per second, idle", "1/s"),

@@ -8,22 +8,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from . import procs
 from .peers import Peer
 from .registry import Scale
 from .stage import Stage
 
-T = TypeVar("T")
 HELPER = Path(__file__).with_name("loops.py")
 
 
 class Run:
-    """What a workload function sees. Made anew for each peer; `once` remembers across rounds."""
+    """What a workload function sees: one per peer."""
 
     def __init__(self, peer: Peer, stage: Stage) -> None:
         self.peer = peer
@@ -31,7 +30,7 @@ class Run:
         self.scale: Scale = stage.scale
         self.ready_s = 0.0  # exec to a mount that answers, of the last union
         self.pids: list[int] = []
-        self._kept: dict[str, Any] = {}
+        self.messages: dict[str, int] | None = None  # where to add up what the unions were asked, if wanted
 
     @contextmanager
     def union(self, lowers: list[Path], *, writes: bool = True, copy: bool = True) -> Iterator[Path]:
@@ -57,6 +56,9 @@ class Run:
             # libfuse's own helpers look the process up by the mountpoint; so do we.
             self.pids = procs.servers(mnt) if self.peer.fuse else []
             yield mnt
+            if self.messages is not None:
+                for name, count in self.peer.messages(mnt).items():
+                    self.messages[name] = self.messages.get(name, 0) + count
         finally:
             if not native:
                 self.peer.unmount(mnt)
@@ -71,11 +73,6 @@ class Run:
         if done.returncode:
             raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr else f"exit {done.returncode}")
         return json.loads(done.stdout)
-
-    def once(self, key: str, make: Callable[[], T]) -> T:
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]  # type: ignore[no-any-return]
 
 
 def timed(argv: Sequence[str | Path], timeout: float = 300, **kw: Any) -> float:

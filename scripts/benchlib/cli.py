@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 from . import chart, report, rows_cost, rows_data, rows_jobs, rows_names  # noqa: F401  (rows register themselves)
-from .peers import QUICK_PEERS, ROOT, FuseOverlayfs, Peer, known
+from .peers import QUICK_PEERS, ROOT, FuseOverlayfs, Ours, Peer, known
 from .progress import Bar
 from .registry import LONG, NORMAL, QUICK, WORKLOADS, Skip, Workload
 from .results import Results
 from .run import Run
-from .stage import Stage, default_root
+from .stage import Stage, stage_root
 
 
 def main(argv: list[str]) -> int:
@@ -30,16 +30,20 @@ def main(argv: list[str]) -> int:
         return 0
     if os.geteuid():
         sys.exit("bench: mounting every peer needs root")
-    everyone = known() + [FuseOverlayfs(path, key) for key, path in (p.split("=", 1) for p in args.fuse_overlayfs)]
+    everyone = known()
+    everyone += [FuseOverlayfs(path, key) for key, path in pairs(args.fuse_overlayfs)]
+    everyone += [Ours(key, "direct", "auto", path) for key, path in pairs(args.unionfs)]
     peers = choose_peers(everyone, args)
     todo = choose_rows(args)
     scale = LONG if args.all else QUICK if args.quick else NORMAL
     rounds = args.rounds or (3 if args.quick else 5)
     results = Results(
-        scale=scale.name, rounds=rounds, machine=f"{os.cpu_count()} CPUs, Linux {platform.release()}, "
-        f"Python {platform.python_version()}", date=time.strftime("%Y-%m-%d"),
+        scale=scale.name, rounds=rounds, date=time.strftime("%Y-%m-%d"),
+        machine=f"{os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}, layers on "
+        + ("an ext4 in memory" if args.ram else "the disk"),
     )  # fmt: skip
-    measure(results, peers, todo, rounds, Stage(args.dir or default_root(), scale))
+    with stage_root(args.dir, args.ram) as place:
+        measure(results, peers, todo, rounds, Stage(place, scale))
     if args.out:
         write(results, args.out)
     sys.stdout.write(report.check(results) if args.check else report.table(results))
@@ -55,7 +59,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help="samples of each row (default 5; 3 with --quick)")
     parser.add_argument("--fuse-overlayfs", action="append", default=[], metavar="KEY=PATH",
                         help="another fuse-overlayfs to compare with")  # fmt: skip
+    parser.add_argument("--unionfs", action="append", default=[], metavar="KEY=PATH",
+                        help="another build of unionfs to compare with: its `unionfs` command")  # fmt: skip
     parser.add_argument("--dir", type=Path, help="where to build the layers: a new directory on a disk filesystem")
+    parser.add_argument("--ram", action="store_true",
+                        help="layers on an ext4 in memory: less noise from a busy disk, no cost of syncing")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="where to write JSON, table and charts (a whole run: docs/benchmarks)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="print the ratios that the project demands of itself")
@@ -68,6 +76,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
+def pairs(options: list[str]) -> list[tuple[str, str]]:
+    return [(key, path) for key, _, path in (option.partition("=") for option in options)]
+
+
 def choose_peers(everyone: list[Peer], args: argparse.Namespace) -> list[Peer]:
     if args.peers:
         wanted = args.peers.split(",")
@@ -76,7 +88,7 @@ def choose_peers(everyone: list[Peer], args: argparse.Namespace) -> list[Peer]:
             sys.exit(f"bench: no such peer: {', '.join(sorted(unknown))}")
         return [p for p in everyone if p.key in wanted]
     if args.quick:
-        extra = {p.split("=", 1)[0] for p in args.fuse_overlayfs}
+        extra = {key for key, _ in pairs(args.fuse_overlayfs + args.unionfs)}
         return [p for p in everyone if p.key in QUICK_PEERS or p.key in extra]
     return everyone
 

@@ -172,9 +172,12 @@ class UnionfsFuse(Peer):
 class Ours(Peer):
     """`unionfs mount` of this tree, in one session and data mode."""
 
-    def __init__(self, key: str, session: str, data: str) -> None:
+    def __init__(self, key: str, session: str, data: str, command: str | None = None) -> None:
         self.key, self.session, self.data = key, session, data
+        self.unionfs = Path(command) if command else self.binary()
         self.label = "unionfs" if key == "ours" else f"unionfs {data if session == 'direct' else session}"
+        if command:
+            self.label = key
         self.options = f"--session {session}" + (f" -o data={data}" if session == "direct" else "")
 
     @staticmethod
@@ -185,21 +188,23 @@ class Ours(Peer):
         return ROOT / ".venv" / "bin" / name
 
     def missing(self) -> str | None:
-        return None if self.binary().exists() else f"{self.binary().name} is not installed in .venv"
+        return None if self.unionfs.exists() else f"{self.unionfs} is not there"
 
     def version(self) -> str:
+        if self.unionfs != self.binary():
+            return str(self.unionfs)
         git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
         done = subprocess.run(git, capture_output=True, text=True)
         return f"this tree ({done.stdout.strip() or 'no git'})"
 
     def messages(self, mnt: Path) -> dict[str, int]:
-        done = subprocess.run([self.binary(), "status", "--json", mnt], capture_output=True, text=True, timeout=30)
+        done = subprocess.run([self.unionfs, "status", "--json", mnt], capture_output=True, text=True, timeout=30)
         if done.returncode:
             raise RuntimeError(f"unionfs status: {done.stderr.strip()}")
         return dict(json.loads(done.stdout)["statistics"]["session"].get("messages", {}))
 
     def command(self, lowers: list[Path], upper: Path | None, work: Path, mnt: Path) -> tuple[Path, list[str]]:
-        argv = [str(self.binary()), "mount", "--session", self.session]
+        argv = [str(self.unionfs), "mount", "--session", self.session]
         if self.session == "direct":
             argv += ["-o", f"data={self.data}"]
         argv += ["--lower", ":".join(map(str, lowers))]

@@ -43,7 +43,7 @@ class Run:
             self.pids = []
             yield self.stage.merged(lowers)
             return
-        base = Path(tempfile.mkdtemp(prefix="u", dir=self.stage.root))
+        base = Path(tempfile.mkdtemp(prefix="u", dir=self.stage.unions))
         upper, work, mnt = base / "upper", base / "work", base / "mnt"
         for path in (upper, work, mnt):
             path.mkdir()

@@ -21,15 +21,19 @@ if TYPE_CHECKING:
     from unionfs.wire.dispatch import Reply
 
 SPIN = 20e-6
+PATIENCE = 4  # vain attempts in a row before spinning is given up
+RETRY = 16  # sleeps until it is tried again
 
 
 class Channel:
-    __slots__ = ("_poll", "_wake", "fd", "spin", "stopped")
+    __slots__ = ("_patience", "_poll", "_sleeps", "_wake", "fd", "spin", "stopped")
 
     def __init__(self, fd: int, spin: float = SPIN) -> None:
         self.fd = fd
         self.spin = spin
         self.stopped = False
+        self._patience = PATIENCE if spin else 0
+        self._sleeps = 0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         os.set_blocking(fd, False)
         self._poll = select.poll()
@@ -43,13 +47,12 @@ class Channel:
         until = 0.0
         while not self.stopped:
             try:
-                return readv(fd, buffers)
+                size = readv(fd, buffers)
             except BlockingIOError:
-                now = perf_counter()
-                if not until:
-                    until = now + self.spin
-                elif now > until:
-                    self._poll.poll()
+                if not until and self._patience:
+                    until = perf_counter() + self.spin
+                elif not until or perf_counter() > until:
+                    self._sleep(until)
                     until = 0.0
             except OSError as error:
                 if error.errno == errno.ENODEV:
@@ -57,7 +60,22 @@ class Channel:
                 # ENOENT: the request was interrupted before we read it. The next one is as good.
                 if error.errno not in (errno.ENOENT, errno.EINTR):
                     raise
+            else:
+                if until:
+                    self._patience = PATIENCE
+                return size
         return 0
+
+    def _sleep(self, spun: float) -> None:
+        """Until there is something to read. Spinning pays only where client and server have a CPU each: after a few
+        vain attempts it is given up, and tried again now and then."""
+        if spun:
+            self._patience -= 1
+        else:
+            self._sleeps += 1
+            if self.spin and not self._sleeps % RETRY:
+                self._patience = 1
+        self._poll.poll()
 
     def send(self, reply: Reply) -> None:
         try:

@@ -266,6 +266,7 @@ class OverlayDriver(Driver):
         fd = ldir.open()
         path = fd_path(fd, name)
         marks: FileMarks | None = None
+        entry: bytes | None = None
         for xattr in self._listxattr(path, False):
             key = _key(xattr)
             if key is None:
@@ -275,8 +276,10 @@ class OverlayDriver(Driver):
             value = os.getxattr(path, xattr, follow_symlinks=False)
             if key == _INO:
                 marks.ino = int(value)
-            elif key == "origin" and marks.ino is None:
-                marks.ino = origin.shown_ino(value, self.layers, self.ino_bases)
+            elif key == "origin":
+                entry = value.hex().encode()
+                if marks.ino is None:
+                    marks.ino = origin.shown_ino(value, self.layers, self.ino_bases)
             elif key == "metacopy":
                 marks.metacopy = True
             elif key == "redirect":
@@ -285,6 +288,8 @@ class OverlayDriver(Driver):
                 marks.index_delta = _nlink_delta(value)
             elif key == _NESTED:
                 marks.nested_whiteout = True
+        if marks is not None and entry in self.index_entries:
+            marks.index = entry
         return marks
 
     def reserved(self, name: bytes) -> bool:
@@ -498,6 +503,8 @@ class OverlayDriver(Driver):
             if name.startswith(prefix):
                 rest = name[len(prefix) :]
                 return os.fsencode(prefix + rest[8:]) if rest.startswith("overlay.") else None
+        if name.startswith(_FUSE_OVERLAYFS) and not name.startswith(_FUSE_OVERLAYFS + "security."):
+            return None
         return os.fsencode(name)
 
     def name_max(self, native: int) -> int:

@@ -260,7 +260,7 @@ class MemoryOperations:
         except KeyError:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
 
-    def listxattr(self, nodeid: int) -> list[bytes]:
+    def listxattr(self, nodeid: int, uid: int) -> list[bytes]:
         self._enter("listxattr", nodeid)
         return sorted(self.nodes[nodeid].xattrs)
 

@@ -295,7 +295,7 @@ class Loopback:
     def getxattr(self, nodeid: int, name: bytes) -> bytes:
         return os.getxattr(self.nodes[nodeid].path, name, follow_symlinks=False)
 
-    def listxattr(self, nodeid: int) -> list[bytes]:
+    def listxattr(self, nodeid: int, uid: int) -> list[bytes]:
         return [os.fsencode(name) for name in os.listxattr(self.nodes[nodeid].path, follow_symlinks=False)]
 
     def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, kill_sgid: bool) -> None:

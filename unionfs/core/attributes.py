@@ -75,7 +75,7 @@ class Attributes(Data):
         del at
         return value
 
-    def listxattr(self, nodeid: int) -> list[bytes]:
+    def listxattr(self, nodeid: int, uid: int) -> list[bytes]:
         node = self._node(nodeid)
         if self.idmap.noxattrs:
             return []
@@ -89,7 +89,13 @@ class Attributes(Data):
         del at
         shown = (self.driver.xattr_out(name) for name in names)
         out = (self.idmap.xattr_out(name) for name in shown if name is not None)
-        return [name for name in out if name is not None and not (self.idmap.noacl and name in _ACLS)]
+        return [
+            name
+            for name in out
+            if name is not None
+            and not (self.idmap.noacl and name in _ACLS)
+            and (uid == 0 or not name.startswith(b"trusted."))
+        ]
 
     def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, kill_sgid: bool) -> None:
         node = self._node(nodeid)

@@ -65,7 +65,7 @@ class Base:
         self.table = NodeTable(root)
         self.slots = self.table.slots
         self.files: dict[int, OpenFile] = {}
-        self.file_limit = max(64, driver.fds.limit)
+        self.file_limit = min(512, driver.fds.limit)  # kept open; more costs memory and saves little
         self.tree_lock = threading.RLock()
         self.bottom = len(driver.layers) - 1
         self.merged: dict[Dir, int] = {}  # directories whose names are remembered, oldest first

@@ -107,9 +107,9 @@ class CopyUp(Placement):
             return
         while True:
             more = node.more
-            if node.ldir.layer.writable and not (data and more is not None and more.data is not None):
-                if not (more is not None and more.moving):
-                    return
+            waiting = more is not None and (more.moving or (data and more.data is not None))
+            if node.ldir.layer.writable and not waiting:
+                return
             running = self.copying.get(node)
             if running is not None:
                 self._park()
@@ -281,6 +281,9 @@ class CopyUp(Placement):
         more.index = entry
         more.nlink_delta = delta
         node.ldir = index
+        if more.key is not None:
+            self.table.links.pop(more.key, None)
+        self._register_link(node, os.stat(entry, dir_fd=index.open().n, follow_symlinks=False))
         if node.parent is not None:
             self._name_added(node.parent, node.name, into, False, new=False)
 

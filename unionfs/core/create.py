@@ -97,7 +97,7 @@ class Create(CopyUp):
         return self._born(p, name, ldir, kind)
 
     def _drop_whiteout(self, p: Dir, name: bytes, ldir: LDir) -> None:
-        """After an entry has appeared beside a whiteout of its name (`.wh.` files): nothing is hidden by it any more."""
+        """An entry has appeared beside a whiteout of its name (`.wh.` files): that one hides nothing any more."""
         names = p.names
         if len(p.ldirs) > 1 and (names is None or ldir is p.ldirs[-1] or names.get(name, ldir) is None):
             self.driver.drop_whiteout_beside(ldir, name)

@@ -109,7 +109,11 @@ class Data(Rename):
             return OpenFile(self._open_inode(node, os.O_RDONLY), False)
         try:
             return OpenFile(self._open_inode(node, os.O_RDWR), True)
-        except PermissionError:
+        except OSError as e:
+            if e.errno in (errno.EROFS, errno.ETXTBSY) and not write:
+                return OpenFile(self._open_inode(node, os.O_RDONLY), False)
+            if e.errno not in (errno.EACCES, errno.EPERM):
+                raise
             # an ordinary user's own file without the bits: the kernel has checked the caller's rights already
             at, path, follow = self._at(node)
             st = os.stat(path, follow_symlinks=follow)

@@ -41,13 +41,14 @@ NO_MARKS = Marks()
 class FileMarks:
     """What a file that was copied up says about itself."""
 
-    __slots__ = ("index_delta", "ino", "metacopy", "nested_whiteout", "redirect")
+    __slots__ = ("index", "index_delta", "ino", "metacopy", "nested_whiteout", "redirect")
 
     def __init__(self) -> None:
         self.ino: int | None = None  # st_ino to show
         self.metacopy = False  # the data is further down
         self.redirect: bytes | None = None  # where, None: same path
         self.nested_whiteout = False  # users see the character device 0:0
+        self.index: bytes | None = None  # its entry in the index
         self.index_delta: int | None = None  # union's link count minus the real one
 
 

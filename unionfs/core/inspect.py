@@ -168,7 +168,7 @@ class Inspect(Attributes):
             ],
             "nodes": self.table.count,
             "open_files": len(self.files),
-            "open_directories": len(self.driver.fds.queue),
+            "open_directories": len(self.driver.fds),
             "merged_directories": len(self.merged),
             "merged_names": self.merged_names,
             "copied_up_files": self.copied_files,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from collections import deque
 
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -110,16 +111,21 @@ class FdCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.queue: deque[LDir] = deque()
+        self.queue: deque[weakref.ref[LDir]] = deque()  # weak: a directory that nobody knows any more closes at once
 
     def opened(self, ldir: LDir) -> None:
         queue = self.queue
-        queue.append(ldir)
+        queue.append(weakref.ref(ldir))
         while len(queue) > self.limit:
             try:
-                queue.popleft().fd = None
+                oldest = queue.popleft()()
             except IndexError:
                 return
+            if oldest is not None:
+                oldest.fd = None
+
+    def __len__(self) -> int:
+        return sum(1 for entry in list(self.queue) if (ldir := entry()) is not None and ldir.fd is not None)
 
 
 def fd_path(fd: Fd, name: bytes = b"") -> bytes:

@@ -132,13 +132,18 @@ class Lookup(Base):
         if marks.ino is not None:
             node.ino = marks.ino
         if marks.index_delta is not None:
-            node.extra().nlink_delta = marks.index_delta
+            more = node.extra()
+            more.nlink_delta = marks.index_delta
+            index = self.driver.index_dir(node.ldir.layer)
+            if marks.index is not None and index is not None:
+                more.index = marks.index
+                node.ldir = index
         if marks.nested_whiteout:
             node.extra().nested_whiteout = True
             node.kind = 0o020000
         if marks.metacopy:
             assert node.parent is not None
-            path = marks.redirect or self._path_below(node.parent) + b"/" + node.name
+            path = marks.redirect or node.name
             if not path.startswith(b"/"):
                 path = self._path_below(node.parent) + b"/" + path
             found = self._resolve_below(path, node.ldir.layer.index)
@@ -150,16 +155,12 @@ class Lookup(Base):
 
     def _linked(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result) -> Node | None:
         """The node of an inode with several names, when it is known already or was copied up under another name."""
-        key = (st.st_dev, st.st_ino)
-        node = self.table.links.get(key)
+        links = self.table.links
+        node = links.get((st.st_dev, st.st_ino))
         if node is None and self.driver.index and not ldir.layer.writable:
             indexed = self.driver.index_find(ldir, name, st)
             if indexed is not None:
                 node = self._indexed(p, name, ldir, st, *indexed)
-                self.table.links[key] = node
-                self.table.add(node)
-                p.children[name] = node
-                return node
         if node is None:
             return None
         if not (node.parent is p and node.name == name):
@@ -169,10 +170,15 @@ class Lookup(Base):
 
     def _indexed(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result, index: LDir, entry: bytes) -> Node:
         """A lower hard link whose inode was copied up: the node sits in the index."""
+        upper = os.stat(entry, dir_fd=index.open().n, follow_symlinks=False)
+        known = self.table.links.get((upper.st_dev, upper.st_ino))
+        if known is not None:
+            return known
         node = Node(p, name, index, self.ino_of(st), self._kind(st))
+        self._register_link(node, upper)
+        self.table.add(node)
         more = node.extra()
         more.index = entry
-        more.key = (st.st_dev, st.st_ino)
         marks = self.driver.file_marks(index, entry)
         if marks is not None:
             more.nlink_delta = marks.index_delta or 0
@@ -254,7 +260,7 @@ class Lookup(Base):
     def _walk(self, root: LDir, path: bytes, last_layer: bool) -> tuple[LDir | None, bytes, bool]:
         """Walk a redirect in one layer: (directory or None, the path for the layers below, look no further)."""
         parts = [part for part in path.split(b"/") if part]
-        if any(part in (b".", b"..") for part in parts) or b"\0" in path:
+        if any(part in (b".", b"..") or len(part) > 255 for part in parts) or b"\0" in path:
             raise fail(errno.EIO, path)  # a layer that tries to lead outside
         here = root
         stop = False

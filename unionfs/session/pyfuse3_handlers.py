@@ -356,7 +356,7 @@ class Handlers(pyfuse3.Operations):
 
     @message
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
-        return await self._run(self.ops.listxattr, self.numbers.node(inode))
+        return await self._run(self.ops.listxattr, self.numbers.node(inode), ctx.uid)
 
     @message
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:

@@ -213,7 +213,8 @@ class Dispatcher:
 
     def listxattr(self, unique: int, nodeid: int, size: int) -> Reply:
         room, _ = abi.GETXATTR_IN.unpack_from(self.request, 40)
-        return self._sized(unique, b"".join(name + b"\0" for name in self.ops.listxattr(nodeid)), room)
+        uid, _ = abi.CALLER.unpack_from(self.request, 24)
+        return self._sized(unique, b"".join(name + b"\0" for name in self.ops.listxattr(nodeid, uid)), room)
 
     def _sized(self, unique: int, value: bytes, room: int) -> Reply:
         """The xattr convention: no room asks for the size, too little is ERANGE."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import stat
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from memory_operations import MemoryOperations
 
 from unionfs.api import ROOT_ID
+from unionfs.errors import WouldBlock
 from unionfs.session.pyfuse3_handlers import FOREVER, Handlers, Numbers
 
 ROOT = pyfuse3.ROOT_INODE
@@ -161,6 +164,35 @@ async def test_only_syncs_go_to_a_worker_unasked(handlers: Handlers, ops: Memory
         with pytest.raises(pyfuse3.FUSEError):
             await getattr(handlers, name)(*arguments)
     assert {name for name, fast, _ in ops.calls if not fast} == {"fsync", "fsyncdir"}
+
+
+@pytest.mark.trio
+@pytest.mark.parametrize("slow", [False, True])
+async def test_what_a_failed_operation_held_is_let_go_at_once(
+    slow: bool, handlers: Handlers, ops: MemoryOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The core closes descriptors when the last reference goes: a full disk must not stay full until the next gc."""
+
+    class Held:
+        pass
+
+    held: list[weakref.ref[Held]] = []
+
+    def failing(nodeid: int, flags: int) -> None:
+        if slow and ops.lanes.__dict__.get("fast"):
+            raise WouldBlock
+        local = Held()
+        held.append(weakref.ref(local))
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(ops, "open", failing)
+    gc.disable()
+    try:
+        with pytest.raises(pyfuse3.FUSEError):
+            await handlers.open(ROOT, os.O_RDWR, CALLER)
+        assert [one() for one in held] == [None]
+    finally:
+        gc.enable()
 
 
 # Numbers

@@ -104,13 +104,13 @@ def message(handler: Handler[P, T]) -> Handler[P, T]:
         self.messages[name] = self.messages.get(name, 0) + 1
         try:
             return await handler(self, *args, **kwargs)
-        except FUSEError:
-            raise
         except OSError as error:
-            raise FUSEError(error.errno or errno.EIO) from None
+            code = error.errno or errno.EIO
         except Exception:
             traceback.print_exc()
-            raise FUSEError(errno.EIO) from None
+            code = errno.EIO
+        # Out here the error is gone, with the frames that it held, and with the descriptors that those held.
+        raise FUSEError(code)
 
     return guarded
 
@@ -140,7 +140,10 @@ class Handlers(pyfuse3.Operations):
 
     async def _run_slowly(self, operation: Callable[..., T], *args: Any) -> T:
         self.moved += 1
-        return await trio.to_thread.run_sync(operation, *args, limiter=self._limiter)
+        code, result = await trio.to_thread.run_sync(_settle, operation, args, limiter=self._limiter)
+        if code:
+            raise OSError(code, os.strerror(code))
+        return result  # type: ignore[return-value]  # T, where there is no code
 
     def _entry(self, entry: Entry) -> pyfuse3.EntryAttributes:
         """For a reply that makes the kernel count the entry."""
@@ -368,6 +371,14 @@ class Handlers(pyfuse3.Operations):
     @message
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
         await self._run(self.ops.removexattr, self.numbers.node(inode), name)
+
+
+def _settle(operation: Callable[..., T], args: tuple[Any, ...]) -> tuple[int, T | None]:
+    """An errno or a result. An OSError that travelled through trio would live on, in a cycle with its frames."""
+    try:
+        return 0, operation(*args)
+    except OSError as error:
+        return error.errno or errno.EIO, None
 
 
 def _attributes(attr: Attr) -> pyfuse3.EntryAttributes:

@@ -201,6 +201,19 @@ def test_setattr(body: bytes, expected: dict[str, Any]) -> None:
     assert {field: getattr(changes, field) for field in changes.__slots__} == nothing | expected
 
 
+@pytest.mark.parametrize(
+    ("uid", "data", "valid", "kill"),
+    [(1000, "passthrough", 1 << 6, True), (0, "passthrough", 0, False), (1000, "cached", 0, False),
+     (1000, "passthrough", 1, False)],
+)  # fmt: skip
+def test_empty_setattr_before_a_write_that_is_passed_through(uid: int, data: str, valid: int, kill: bool) -> None:
+    ops = FakeOps(setattr=ATTR)
+    message = bytearray(request(4, 7, setattr_body(valid)))
+    struct.pack_into("<I", message, 24, uid)
+    assert answer(ops, bytes(message), data=data) == ok(ATTR_OUT)
+    assert ops.calls[0][2].kill_suidgid is kill
+
+
 # --- STATX, IOCTL, listings -------------------------------------------------------------------------------------------
 
 

@@ -48,12 +48,16 @@ class Opens(Protocol):
 class Dispatcher:
     """Answers requests in one thread."""
 
-    __slots__ = ("_negative", "fast", "handlers", "noopen", "opens", "ops", "out", "request", "timeout", "view")
+    __slots__ = (
+        "_negative", "fast", "handlers", "noopen", "opens", "ops", "out", "passthrough", "request", "timeout",
+        "view",
+    )  # fmt: skip
 
     def __init__(self, ops: Operations, terms: Negotiated, opens: Opens, *, fast: bool) -> None:
         self.ops = ops
         self.opens = opens
         self.noopen = terms.data == "noopen"
+        self.passthrough = terms.data == "passthrough"
         self.fast = fast  # the dispatcher thread's: may raise WouldBlock
         self.timeout = terms.timeout
         self.load(b"")
@@ -183,8 +187,10 @@ class Dispatcher:
             changes.atime_ns = NOW if valid & abi.FATTR_ATIME_NOW else _nanoseconds(atime, atime_ns)
         if valid & abi.FATTR_MTIME:
             changes.mtime_ns = NOW if valid & abi.FATTR_MTIME_NOW else _nanoseconds(mtime, mtime_ns)
-        # valid == 0 is the kernel dropping privileges (security.capability) before a write: the core does that for
-        # any setattr of size or owner, and must for an empty one.
+        if not valid & ~_NO_CHANGE and self.passthrough and abi.CALLER.unpack_from(self.request, 24)[0]:
+            # An empty SETATTR precedes a write that drops privileges. The WRITE says so again, but a passed-through one
+            # is never sent. For root it means that security.capability went (by REMOVEXATTR), not that setuid goes.
+            changes.kill_suidgid = True
         out = self.out
         abi.ATTR_REPLY.pack_into(out, 0, 120, 0, unique, self.timeout, 0, 0, *self.ops.setattr(nodeid, changes))
         return out[:120]
@@ -359,6 +365,7 @@ class Dispatcher:
         raise RuntimeError("the session answers this itself")
 
 
+_NO_CHANGE = abi.FATTR_FH | abi.FATTR_LOCKOWNER
 NOW = -1  # api.Changes: the time of the change
 NO_REPLY = frozenset((abi.FORGET, abi.BATCH_FORGET, abi.INTERRUPT, abi.NOTIFY_REPLY))
 

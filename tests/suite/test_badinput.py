@@ -122,6 +122,7 @@ def test_no_permission(place: Union, ordinary_user: int) -> None:
     u.lowers[0].chmod(0o700)
     os.chown(u.merged, ordinary_user, ordinary_user)
     refused(u, (3, 6), "--lower", u.lowers[0], u.merged, user=ordinary_user, names=u.lowers[0])
+    u.remember_lowers()
 
 
 def test_no_fuse_device(place: Union) -> None:
@@ -140,8 +141,9 @@ def test_no_fuse_device(place: Union) -> None:
     assert "/dev/fuse" in done.stderr
 
 
-def test_unknown_user_is_fine(place: Union) -> None:
-    """A uid without an account gets a clear refusal or a mount, no traceback."""
+@pytest.mark.usefixtures("ordinary_user")
+def test_user_without_account(place: Union) -> None:
+    """A uid that no account has gets a clear refusal, no traceback."""
     done = unionfs("mount", "--lower", place.lowers[0], place.merged, user=USER, group=USER, extra_groups=[])
     assert "Traceback" not in done.stderr
     assert done.returncode in (5, 6), done

@@ -13,6 +13,7 @@ from typing import Any
 from .sys import libc, mount
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
+PR_SET_DUMPABLE = 4
 MS_REC, MS_PRIVATE = 0x4000, 0x40000
 USER = 12345  # an ordinary user and group; needs no account
 GROUP = 12345
@@ -96,6 +97,7 @@ def errno_of(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 def become_namespace_root() -> None:
     """In a child: a user namespace of its own where the present user is root, and a mount namespace."""
     uid, gid = os.getuid(), os.getgid()
+    libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # else /proc/self belongs to root since setuid
     if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
     for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):

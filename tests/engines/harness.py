@@ -158,7 +158,7 @@ def _bootstrap(release: str, tarball: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def containers_environment(root: Path, program: Path, data: Path | None = None) -> dict[str, str]:
+def containers_environment(root: Path, program: Path, data: Path | None = None, mountopt: str = "") -> dict[str, str]:
     """The environment in which podman, buildah and skopeo mount with `program` and keep everything below `data`
     (`root` unless told); their configuration lies in `root`.
     """
@@ -166,7 +166,7 @@ def containers_environment(root: Path, program: Path, data: Path | None = None) 
     (root / "storage.conf").write_text(
         f'[storage]\ndriver = "overlay"\nrunroot = "{data}/run"\n'
         f'graphroot = "{data}/graph"\nrootless_storage_path = "{data}/graph"\n'
-        f'[storage.options.overlay]\nmount_program = "{program}"\n'
+        f'[storage.options.overlay]\nmount_program = "{program}"\nmountopt = "{mountopt}"\n'
     )
     (root / "containers.conf").write_text(
         f'[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "none"\n'

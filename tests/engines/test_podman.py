@@ -6,6 +6,7 @@ maps twice; no mount program can serve that (containers/storage 1.46 repaired it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,8 +21,11 @@ Podman = Callable[..., str]
 
 
 @pytest.fixture
-def podman(scratch: Path, mount_program: Path, debian: Path) -> Iterator[Podman]:
-    env = harness.containers_environment(scratch, mount_program)
+def podman(
+    request: pytest.FixtureRequest, scratch: Path, mount_program: Path, debian: Path
+) -> Iterator[Podman]:
+    """A parameter is a list of mount options."""
+    env = harness.containers_environment(scratch, mount_program, mountopt=getattr(request, "param", ""))
 
     def podman(*argv: str | Path) -> str:
         return harness.run("podman", *argv, env=env)
@@ -38,8 +42,11 @@ def in_container(podman: Podman, image: str, script: str, *options: str) -> str:
     return podman("run", *options, *harness.LIMITS, image, "sh", "-ec", script)
 
 
-def test_install_commit_run(podman: Podman) -> None:
+@pytest.mark.parametrize("podman", ["", "session=pyfuse3", "data=cached"], indirect=True)
+def test_install_commit_run(podman: Podman, request: pytest.FixtureRequest, mount_program: Path) -> None:
     out = in_container(podman, "base:1", INSTALL, "--name", "first")
+    if mount_program.name == "unionfs-fuse-overlayfs":
+        assert_used(mount_program.with_name("unionfs"), podman, request.node.callspec.params["podman"])
     root_mount = next(line for line in out.splitlines() if line.split()[1] == "/")
     assert root_mount.split()[2].startswith("fuse."), root_mount
     podman("commit", "--quiet", "first", "installed:1")
@@ -47,6 +54,14 @@ def test_install_commit_run(podman: Podman) -> None:
     out = in_container(podman, "installed:1", CHECK, "--rm")
     assert "Status: install ok installed" in out
     assert "gone" in out
+
+
+def assert_used(unionfs: Path, podman: Podman, option: str) -> None:
+    """The mount says itself that it has the session or data mode that was asked for."""
+    status = json.loads(harness.run(unionfs, "status", "--json", podman("mount", "first")))
+    podman("umount", "first")
+    name, _, value = option.partition("=")
+    assert status.get(name or "session") == (value or "direct")
 
 
 INSTALL = """

@@ -69,10 +69,10 @@ def test_rootless_podman(scratch: Path, mount_program: Path, debian: Path) -> No
     os.chown(scratch / "xdg", UID, UID)
     (scratch / "xdg").chmod(0o700)
     (scratch / "passwd").write_text(
-        f"{Path('/etc/passwd').read_text()}unionfs-test:x:{UID}:{UID}::{scratch}/home:/bin/sh\n"
+        f"{Path('/etc/passwd').read_text()}unionfs-rootless:x:{UID}:{UID}::{scratch}/home:/bin/sh\n"
     )
-    (scratch / "group").write_text(f"{Path('/etc/group').read_text()}unionfs-test:x:{UID}:\n")
-    (scratch / "subids").write_text("unionfs-test:300000:65536\n")
+    (scratch / "group").write_text(f"{Path('/etc/group').read_text()}unionfs-rootless:x:{UID}:\n")
+    (scratch / "subids").write_text("unionfs-rootless:300000:65536\n")
     (scratch / "debian.tar").symlink_to(debian)
     program = scratch / "program"
     prefix = mount_program.parent.parent

@@ -42,6 +42,14 @@ def test_read_only_without_upper() -> None:
     assert config.read_only and config.upper is None and config.work is None
 
 
+def test_our_own_words() -> None:
+    """An engine's mountopt can choose the session and the data mode."""
+    config, warnings = configure("-o", "lowerdir=/a,upperdir=/u,workdir=/w,session=pyfuse3,data=cached", "/m")
+    assert (config.session, config.data, warnings) == ("pyfuse3", "cached", [])
+    with pytest.raises(MountError, match="session=fast: it is one of auto, direct, pyfuse3"):
+        configure("-o", "lowerdir=/a,session=fast", "/m")
+
+
 def test_buildahs_overlay_volume() -> None:
     config, warnings = configure("-o", r"lowerdir=/src\:1,upperdir=/u,workdir=/w,private", "/m")
     assert config.lowers == [b"/src:1"]

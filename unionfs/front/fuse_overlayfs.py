@@ -14,7 +14,7 @@ import sys
 
 from unionfs.api import MountConfig
 from unionfs.errors import EXIT_LAYER, EXIT_OK, EXIT_USAGE, MountError
-from unionfs.front.options import split_options, split_paths, unescape, unquote
+from unionfs.front.options import CHOICES, split_options, split_paths, unescape, unquote
 from unionfs.session.mount import VFS_WORDS
 
 TYPE_CHECKING = False
@@ -67,6 +67,7 @@ _CORE: dict[str, str | None] = {
     "context": None,
     "log": None,
     "data": None,
+    "session": None,
     "default_permissions": "1",
     "allow_other": "1",
 }
@@ -198,8 +199,10 @@ def _apply_core(config: MountConfig, name: str, value: str | None, word: str) ->
             return
     elif name in ("uidmapping", "gidmapping"):
         value = _mapping(name, value)
-    elif name == "data":
-        config.data = value
+    elif name in ("data", "session"):
+        if value not in CHOICES[name]:
+            raise MountError(f"-o {name}={value}: it is one of {', '.join(CHOICES[name])}", EXIT_USAGE)
+        setattr(config, name, value)
         return
     config.options[name] = value
 

@@ -1,4 +1,4 @@
-"""`unionfs completion`: scripts for bash, zsh and fish, made from the command tables (kept in completions/)."""
+"""`unionfs completion`: scripts for bash, zsh and fish, made from the command tables."""
 
 from __future__ import annotations
 
@@ -44,6 +44,10 @@ def _choices(option: Option) -> tuple[str, ...]:
     return tuple(BUILT_IN) if option.name == "driver" else option.choices
 
 
+def _takes_path(option: Option) -> bool:
+    return option.metavar.startswith(("DIR", "FILE"))
+
+
 def _option_words() -> list[str]:
     """What may follow -o."""
     with_values = {"lowerdir", "upperdir", "workdir", "driver", "session", "data", "timeout", "log", "writeback",
@@ -56,8 +60,7 @@ def _bash(tables: dict[str, Command]) -> str:
     for name, command in tables.items():
         values = [f'      {"|".join(o.flags)}) words="{" ".join(_choices(o))}" ;;'
                   for o in command.options if _choices(o)]  # fmt: skip
-        files = [flag for o in command.options if o.metavar and not _choices(o) and o.name != "options"
-                 for flag in o.flags]  # fmt: skip
+        files = [flag for o in command.options if _takes_path(o) for flag in o.flags]
         options = [flag for o in command.options for flag in o.flags]
         listed = next((o.flags for o in command.options if o.name == "options"), [])
         lines = [f"    {name})", '      case "$prev" in', *("  " + value for value in values)]
@@ -110,7 +113,7 @@ def _zsh(tables: dict[str, Command]) -> str:
             action = ""
             if option.metavar:
                 choices = _choices(option)
-                kind = f"({' '.join(choices)})" if choices else "_files"
+                kind = f"({' '.join(choices)})" if choices else "_files" if _takes_path(option) else ""
                 if option.name == "options":
                     kind = "_values -s , option " + " ".join(word.rstrip("=") for word in _option_words())
                 action = f":{option.metavar.split('[')[0].split('=')[0].lower()}:{kind}"
@@ -151,7 +154,7 @@ def _fish(tables: dict[str, Command]) -> str:
             if option.metavar:
                 choices = _choices(option)
                 values = ",".join(_option_words()) if option.name == "options" else " ".join(choices)
-                words.append(f"-x -a '{values.replace(',', ' ')}'" if values else "-r")
+                words.append(f"-x -a '{values.replace(',', ' ')}'" if values else "-r" if _takes_path(option) else "-x")
             lines.append(" ".join([*words, f"-d {_quote(option.help)}"]))
     lines.append(f"complete -c unionfs -n '__fish_seen_subcommand_from completion' -f -a '{' '.join(SHELLS)}'")
     return "\n".join(lines) + "\n"

@@ -45,7 +45,7 @@ The fuse-overlayfs command line, served by unionfs.
 """
 
 # Options that are handed to the core as they are: name -> what a bare word means (None: it needs a value).
-_CORE: dict[str, str | None] = {
+CORE_OPTIONS: dict[str, str | None] = {
     "uidmapping": None,
     "gidmapping": None,
     "squash_to_root": "1",
@@ -167,8 +167,8 @@ def _apply(config: MountConfig, word: str, warn: Callable[[str], None]) -> None:
         config.upper = _absolute(unescape(value)) if value else None
     elif name == "workdir":
         config.work = _absolute(unescape(value)) if value else None
-    elif name in _CORE:
-        _apply_core(config, name, value if has_value else _CORE[name], word)
+    elif name in CORE_OPTIONS:
+        _apply_core(config, name, value if has_value else CORE_OPTIONS[name], word)
     elif name in ("fsync", "sync") and has_value:
         config.options["volatile"] = "0" if _number(name, value) else "1"
     elif name in VFS_WORDS and not has_value:

@@ -60,13 +60,6 @@ def test_hard_links_stay_links(tmp_path: Path) -> None:
     assert members["b"].linkname == "a"
 
 
-def test_replaced_directory_is_opaque(tmp_path: Path) -> None:
-    (tmp_path / "d").mkdir()
-    (tmp_path / "f").write_text("x")
-    members = layer(tmp_path, ("D", "/d"), ("A", "/d"), ("D", "/f"), ("A", "/f"))
-    assert sorted(members) == ["d", "d/.wh..wh..opq", "f"]
-
-
 def test_times_to_the_nanosecond_and_before_1970(tmp_path: Path) -> None:
     for name, time in (("new", 1_700_000_000_123_456_789), ("old", -1_500_000_000), ("whole", 5 * 10**9)):
         (tmp_path / name).write_text("")

@@ -1,6 +1,7 @@
 """An OCI layer from a list of changes: AUFS whiteouts, hard links, PAX records for what ustar can't hold.
 
-Reproducible: members in path order, no user names, no access times. Sockets are left out, as everywhere.
+A directory that hides the one below is written with a whiteout for each name that it hides: the image spec asks for
+explicit whiteouts. Reproducible: members in path order, no user names, no access times. Sockets are left out, as everywhere.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Sequence
 from typing import IO
 
 WHITEOUT = b".wh."
-OPAQUE = b".wh..wh..opq"
 # The host's own labels; the next host has others.
 SKIPPED_XATTRS = frozenset({"security.selinux", "security.ima", "security.evm"})
 _NS = 10**9
@@ -20,25 +20,16 @@ _NS = 10**9
 
 def write_layer(root: bytes, changes: Sequence[tuple[str, bytes]], out: IO[bytes]) -> None:
     """`changes`: ("A" | "C" | "D", b"/path") as `Operations.diff` has them, below the directory `root`."""
-    deleted = {path for kind, path in changes if kind == "D"}
-    kept = {path for kind, path in changes if kind != "D"}
     links: dict[tuple[int, int], str] = {}
     with tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar:
-        for path in sorted(deleted | kept):
-            if path not in kept:
+        for kind, path in sorted(changes, key=lambda change: change[1]):
+            if kind == "D":
                 parent, name = os.path.split(path)
-                tar.addfile(_empty(os.path.join(parent, WHITEOUT + name)))
-                continue
-            _add(tar, root, path, links)
-            # The same name, gone and there again: what is below it in a lower layer must not shine through.
-            if path in deleted and stat.S_ISDIR(os.lstat(root + path).st_mode):
-                tar.addfile(_empty(os.path.join(path, OPAQUE)))
-
-
-def _empty(path: bytes) -> tarfile.TarInfo:
-    info = tarfile.TarInfo(_member(path))
-    info.mode = 0o600
-    return info
+                info = tarfile.TarInfo(_member(os.path.join(parent, WHITEOUT + name)))
+                info.mode = 0o600
+                tar.addfile(info)
+            else:
+                _add(tar, root, path, links)
 
 
 def _member(path: bytes) -> str:

@@ -13,13 +13,14 @@ import os
 import sys
 
 from unionfs.api import MountConfig
+from unionfs.assemble import load_driver
 from unionfs.errors import EXIT_LAYER, EXIT_OK, EXIT_USAGE, MountError
-from unionfs.front.options import CHOICES, split_options, split_paths, unescape, unquote
+from unionfs.front.options import CHOICES, COMMON, split_options, split_paths, unescape, unquote
 from unionfs.session.mount import VFS_WORDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
 HELP = """\
 usage: fuse-overlayfs [options] [source] mountpoint
@@ -117,7 +118,13 @@ def run(argv: Sequence[str]) -> int:
         return EXIT_OK
     from unionfs.front import server
 
-    return server.run(configure(argv, lambda text: print(f"unionfs: {text}", file=sys.stderr)))
+    config = configure(argv, _warn)
+    drop_unknown(config, load_driver(config.driver).options, _warn)
+    return server.run(config)
+
+
+def _warn(text: str) -> None:
+    print(f"unionfs: {text}", file=sys.stderr)
 
 
 def configure(argv: Sequence[str], warn: Callable[[str], None]) -> MountConfig:
@@ -156,6 +163,14 @@ def configure(argv: Sequence[str], warn: Callable[[str], None]) -> MountConfig:
         _apply(config, word, warn)
     _finish(config, arguments)
     return config
+
+
+def drop_unknown(config: MountConfig, known: Container[str], warn: Callable[[str], None]) -> None:
+    """An option that fuse-overlayfs has and the driver doesn't is no reason for an engine to fail."""
+    for name in list(config.options):
+        if name not in known and name not in COMMON:
+            value = config.options.pop(name)
+            warn(f"option ignored: {name}={value} (driver {config.driver} has no such option)")
 
 
 def _apply(config: MountConfig, word: str, warn: Callable[[str], None]) -> None:

@@ -1,7 +1,7 @@
 """An OCI layer from a list of changes: AUFS whiteouts, hard links, PAX records for what ustar can't hold.
 
 A directory that hides the one below is written with a whiteout for each name that it hides: the image spec asks for
-explicit whiteouts. Reproducible: members in path order, no user names, no access times. Sockets are left out, as everywhere.
+explicit whiteouts. Reproducible: members in path order, no user names, no access times. No sockets, as everywhere.
 """
 
 from __future__ import annotations

@@ -115,12 +115,17 @@ def _refuse_own_mount(path: bytes, device: int) -> None:
 
 
 def _refuse_inside_layer(config: MountConfig) -> None:
-    """A layer that holds the mountpoint would be read through the mount itself, which waits for itself."""
-    above = {}
-    path = os.path.dirname(os.path.realpath(config.mountpoint))
+    """A layer that holds the mountpoint would be read through the mount itself, which waits for itself.
+
+    To cover a layer is possible (its descriptor is open already), but has to be asked for by `nonempty`.
+    """
+    above = set()
+    path = os.path.realpath(config.mountpoint)
+    if "nonempty" in config.options and path != b"/":
+        path = os.path.dirname(path)
     while True:
         status = os.stat(path)
-        above[status.st_dev, status.st_ino] = path
+        above.add((status.st_dev, status.st_ino))
         if path == b"/":
             break
         path = os.path.dirname(path)
@@ -132,7 +137,7 @@ def _refuse_inside_layer(config: MountConfig) -> None:
             continue  # the driver says it better
         if (status.st_dev, status.st_ino) in above:
             raise MountError(
-                f"mountpoint {show(config.mountpoint)} is inside the layer {show(layer)}: choose one outside",
+                f"mountpoint {show(config.mountpoint)} is, or is inside of, the layer {show(layer)}: choose another",
                 EXIT_MOUNTPOINT,
             )
 

@@ -61,10 +61,11 @@ def driver_names() -> list[str]:
 
 def prepare(config: MountConfig) -> Operations:
     """Opens and locks the layers: after it nothing depends on the paths of `config`. MountError if they don't fit."""
-    driver = load_driver(config.driver)(config)
+    from unionfs.core.idmap import IdMap
     from unionfs.core.ops import UnionOperations
 
-    return UnionOperations(driver)
+    IdMap(config)  # malformed maps are refused before anything is made on disk
+    return UnionOperations(load_driver(config.driver)(config))
 
 
 def session_kind(config: MountConfig) -> str:

@@ -64,8 +64,9 @@ class IdMap:
         self.uids = _parse("uidmapping", o["uidmapping"]) if "uidmapping" in o else []
         self.gids = _parse("gidmapping", o["gidmapping"]) if "gidmapping" in o else []
         root = "squash_to_root" in o
-        self.squash_uid = 0 if root else _number("squash_to_uid", o["squash_to_uid"]) if "squash_to_uid" in o else None
-        self.squash_gid = 0 if root else _number("squash_to_gid", o["squash_to_gid"]) if "squash_to_gid" in o else None
+        # As fuse-overlayfs has it: squash_to_uid, squash_to_gid win over squash_to_root.
+        self.squash_uid = _number("squash_to_uid", o["squash_to_uid"]) if "squash_to_uid" in o else 0 if root else None
+        self.squash_gid = _number("squash_to_gid", o["squash_to_gid"]) if "squash_to_gid" in o else 0 if root else None
         self.xattr = _XATTRS.get(o.get("xattr_permissions", "0"))
         if self.xattr is None and o.get("xattr_permissions", "0") not in ("0", ""):
             raise MountError(f"xattr_permissions={o['xattr_permissions']}: must be 0, 1 or 2", EXIT_USAGE)

@@ -41,6 +41,7 @@ def run(config: MountConfig) -> int:
     check_options(config, getattr(assemble.load_driver(config.driver), "options", {}))
     check_mountpoint(config)
     log = _open_log(config)
+    work_before = _names_in(config.work)
     ops = assemble.prepare(config)
     fd = None
     try:
@@ -48,6 +49,7 @@ def run(config: MountConfig) -> int:
             fd = mount.attach(config)
     except BaseException:
         ops.stop()
+        _tidy_work(config.work, work_before)
         raise
     if config.foreground:
         if log is not None:
@@ -313,6 +315,25 @@ def _wait_until_ready(reader: int, child: int, config: MountConfig) -> None:
     result = os.waitstatus_to_exitcode(status)
     how = f"killed by signal {-result}" if result < 0 else f"exit code {result}"
     raise MountError(f"the server died while starting ({how}): mount with -f to see why", EXIT_FAILURE)
+
+
+def _names_in(work: bytes | None) -> set[bytes] | None:
+    try:
+        return None if work is None else set(os.listdir(work))
+    except OSError:
+        return None
+
+
+def _tidy_work(work: bytes | None, before: set[bytes] | None) -> None:
+    """After a mount that failed: the directories that were made for it go, if they are empty."""
+    if work is None:
+        return
+    made = [os.path.join(work, name) for name in (_names_in(work) or set()) - (before or set())]
+    for path in [*made, work] if before is None else made:
+        try:
+            os.rmdir(path)
+        except OSError:
+            pass  # somebody uses it, or has already removed it
 
 
 def _open_log(config: MountConfig) -> int | None:

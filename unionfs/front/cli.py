@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from unionfs.errors import EXIT_OK, EXIT_USAGE, MountError, nearest
+from unionfs.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, MountError, nearest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ def guarded(action: Callable[[], int]) -> int:
     except BrokenPipeError:  # the reader of our output has seen enough
         sys.stdout = open("/dev/null", "w")  # or the interpreter complains while it exits
         return EXIT_OK
+    except OSError as error:
+        print(f"unionfs: {error}", file=sys.stderr)
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         return 130
 

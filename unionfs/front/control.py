@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Handler = Callable[..., Any]
 
 MAX_REQUEST = 1 << 20
+MAX_DIRECTORY = 70  # struct sockaddr_un takes 107 bytes
 CLIENT_TIMEOUT = 30.0  # a stuck client holds no more than one thread, and not for ever
 
 
@@ -54,6 +55,8 @@ def make_directory() -> str:
                 pass
             if not _is_ours(path):
                 raise PermissionError(1, "belongs to someone else")
+            if len(path) > MAX_DIRECTORY:
+                raise OSError(36, "too long for a socket")
             os.chmod(path, 0o700)
             if os.access(path, os.W_OK):
                 return path

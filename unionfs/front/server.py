@@ -80,6 +80,9 @@ def check_mountpoint(config: MountConfig) -> None:
     path, where = config.mountpoint, show(config.mountpoint)
     try:
         status = os.stat(path)
+        covered = os.path.ismount(path)
+        if covered:
+            os.statvfs(path)  # stat may be answered by the kernel's cache alone: is the server alive?
     except FileNotFoundError:
         raise MountError(f"mountpoint {where} does not exist: mkdir -p {where}", EXIT_MOUNTPOINT) from None
     except OSError as error:
@@ -91,7 +94,7 @@ def check_mountpoint(config: MountConfig) -> None:
         raise MountError(f"mountpoint {where}: {error.strerror}", code) from None
     if not stat.S_ISDIR(status.st_mode):
         raise MountError(f"mountpoint {where} is not a directory", EXIT_MOUNTPOINT)
-    if os.path.ismount(path):
+    if covered:
         _refuse_own_mount(path, status.st_dev)
     _refuse_inside_layer(config)
     if "nonempty" not in config.options:
@@ -204,15 +207,16 @@ class _Server:
         try:
             os.statvfs(self._config.mountpoint)
             device = os.stat(self._config.mountpoint).st_dev
-            self._open_control(device)
         except OSError as error:
             self._problem = MountError(
                 f"mounted on {show(self._config.mountpoint)}, but it does not answer: {error.strerror}", EXIT_FAILURE
             )
             self._drop_mount()  # ends the session, whose thread reports the problem
             return
-        except MountError as error:
-            print(f"unionfs: {error}", file=sys.stderr)  # the mount is good without its socket
+        try:
+            self._open_control(device)
+        except (MountError, OSError) as error:
+            print(f"unionfs: no control socket: {error}", file=sys.stderr)  # the mount is good without it
         self._tell(None)
         if self._control is not None:
             self._control.serve()

@@ -124,7 +124,7 @@ def detach(mountpoint: bytes, *, lazy: bool = False) -> None:
     if "busy" in said.lower():
         raise OSError(errno.EBUSY, said)
     if "not found in" in said or "not mounted" in said:
-        raise MountError(f"{show(mountpoint)} is not mounted", EXIT_NOT_OURS)
+        raise MountError(f"cannot unmount {show(mountpoint)}: no mount of yours: {said}", EXIT_PERMISSION)
     raise MountError(f"cannot unmount {show(mountpoint)}: {said or 'fusermount3 failed'}", EXIT_PERMISSION)
 
 

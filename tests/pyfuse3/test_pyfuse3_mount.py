@@ -17,13 +17,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from memory_operations import MemoryOperations
 from support.procs import USER, child
 
 from unionfs.api import ROOT_ID, MountConfig
-from unionfs.errors import EXIT_MOUNTPOINT, MountError
+from unionfs.errors import EXIT_MOUNTPOINT, EXIT_USAGE, MountError
+from unionfs.session import mount
 from unionfs.session.pyfuse3_session import Pyfuse3Session
 
 pytestmark = pytest.mark.skipif(
@@ -38,12 +40,11 @@ PATIENCE = 30.0  # seconds, for what happens at once on an idle machine
 class Mounted:
     """A session that serves in a thread of this process."""
 
-    def __init__(self, mountpoint: Path, ops: MemoryOperations, options: dict[str, str] | None = None) -> None:
+    def __init__(self, mountpoint: Path, ops: MemoryOperations, *words: str, **arguments: Any) -> None:
         self.path = mountpoint
-        self.ops = ops
         config = MountConfig(os.fsencode(mountpoint))
-        config.options = options or {}
-        self.session = Pyfuse3Session(ops, config)  # type: ignore[arg-type]
+        config.options = dict.fromkeys(words, "")
+        self.session = Pyfuse3Session(ops, config, **arguments)  # type: ignore[arg-type]
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._serve, daemon=True)
         ready = threading.Event()
@@ -228,7 +229,7 @@ def test_acls_are_enforced_by_the_kernel(mounted: Mounted) -> None:
 
 
 def test_noacl(mountpoint: Path, ops: MemoryOperations) -> None:
-    mounted = Mounted(mountpoint, ops, {"noacl": ""})
+    mounted = Mounted(mountpoint, ops, "noacl")
     path = mounted / "file"
     path.write_text("secret")
     path.chmod(0o640)
@@ -314,6 +315,30 @@ def test_a_warm_path_costs_no_message(mounted: Mounted, ops: MemoryOperations) -
     assert len(ops.calls) == count
     assert path.read_text() == "content"
     assert not [call for call in ops.calls[count:] if call[0] == "read"]
+
+
+def test_without_timeouts_every_stat_asks(mountpoint: Path, ops: MemoryOperations) -> None:
+    mounted = Mounted(mountpoint, ops, timeout=0)
+    assert not (mounted / "file").exists()
+    node = ops.add_file(b"file")
+    assert (mounted / "file").stat().st_size == 0
+    node.data += b"grown"
+    assert (mounted / "file").stat().st_size == 5
+    mounted.session.stop()
+    mounted.ended()
+
+
+def test_writeback(mountpoint: Path, ops: MemoryOperations) -> None:
+    mounted = Mounted(mountpoint, ops, writeback=True)
+    with open(mounted / "file", "wb", buffering=0) as stream:
+        for number in range(1000):
+            stream.write(b"%07d\n" % number)
+        assert not ops.named("write")
+        os.fsync(stream.fileno())
+    assert ops.root.children[b"file"].data == b"".join(b"%07d\n" % number for number in range(1000))
+    assert len(ops.named("write")) < 10
+    mounted.session.stop()
+    mounted.ended()
 
 
 # What the library can't carry: what the caller gets instead (docs/sessions.md)
@@ -434,7 +459,7 @@ def test_the_core_may_invalidate_while_it_answers(slow: bool, mounted: Mounted, 
 
 
 def test_umount_ends_the_session(mounted: Mounted, ops: MemoryOperations) -> None:
-    subprocess.run(["umount", mounted.path], check=True, timeout=60)
+    mount.detach(os.fsencode(mounted.path))
     mounted.ended()
     assert ops.stopped == 1
     assert not os.path.ismount(mounted.path)
@@ -474,6 +499,15 @@ def test_ranges_of_an_inode_are_invalidated(mounted: Mounted, ops: MemoryOperati
     assert (mounted / "file").read_bytes() == b"a" * page + b"b" * page + b"a" * 2 * page
 
 
+@pytest.mark.parametrize("data", ["noopen", "passthrough"])
+def test_data_modes_that_the_library_has_not(data: str, mountpoint: Path, ops: MemoryOperations) -> None:
+    config = MountConfig(os.fsencode(mountpoint))
+    config.data = data
+    with pytest.raises(MountError, match=f"data={data}") as raised:
+        Pyfuse3Session(ops, config)  # type: ignore[arg-type]
+    assert raised.value.code == EXIT_USAGE
+
+
 def test_a_mountpoint_that_is_none(workspace: Path, ops: MemoryOperations) -> None:
     session = Pyfuse3Session(ops, MountConfig(os.fsencode(workspace / "nowhere")))  # type: ignore[arg-type]
     with pytest.raises(MountError) as raised:
@@ -495,6 +529,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from memory_operations import MemoryOperations
 from unionfs.api import MountConfig
+from unionfs.session import mount
 from unionfs.session.pyfuse3_session import Pyfuse3Session
 ops = MemoryOperations()
 session = Pyfuse3Session(ops, MountConfig(os.fsencode(sys.argv[1])))

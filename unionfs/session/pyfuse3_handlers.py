@@ -28,7 +28,6 @@ from unionfs.errors import WouldBlock
 P = ParamSpec("P")
 T = TypeVar("T")
 
-WORKERS = 16
 FOREVER = 1 << 31  # seconds; the mount is the only writer, what changes behind it is invalidated by name
 
 # How much of a listing is asked of the core at a time. pyfuse3 doesn't say how much room the reply has, so the last
@@ -122,14 +121,18 @@ class Handlers(pyfuse3.Operations):
     # "." and ".." as names would only come from handles of NFS clients that outlived the kernel's own cache.
     supports_dot_lookup = False
 
-    def __init__(self, ops: Operations, *, acl: bool) -> None:
+    def __init__(
+        self, ops: Operations, *, acl: bool, writeback: bool = False, max_threads: int = 16, timeout: int = FOREVER
+    ) -> None:
         super().__init__()
         self.enable_acl = acl
+        self.enable_writeback_cache = writeback
         self.ops = ops
         self.numbers = Numbers()
         self.messages: dict[str, int] = {}
         self.moved = 0  # messages that left the trio thread for a worker
-        self._limiter = trio.CapacityLimiter(WORKERS)
+        self._limiter = trio.CapacityLimiter(max_threads)
+        self._timeout = timeout
 
     async def _run(self, operation: Callable[..., T], *args: Any) -> T:
         """Here if that takes microseconds, else in a worker."""
@@ -148,13 +151,26 @@ class Handlers(pyfuse3.Operations):
     def _entry(self, entry: Entry) -> pyfuse3.EntryAttributes:
         """For a reply that makes the kernel count the entry."""
         nodeid, generation, attr = entry
-        result = _attributes(attr)
+        result = self._attributes(attr)
         number = self.numbers.take(nodeid, attr[0])
         result.generation = generation
         if number != attr[0]:
             # This reply can't say both; the one to GETATTR can, so make the kernel ask before it answers a stat.
             result.st_ino = number
             result.attr_timeout = 0
+        return result
+
+    def _attributes(self, attr: Attr) -> pyfuse3.EntryAttributes:
+        result = pyfuse3.EntryAttributes()
+        (
+            result.st_ino, result.st_size, result.st_blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
+            result.st_mode, result.st_nlink, result.st_uid, result.st_gid, result.st_rdev, result.st_blksize, _flags,
+        ) = attr  # fmt: skip
+        result.st_atime_ns = atime * 1_000_000_000 + atime_ns
+        result.st_mtime_ns = mtime * 1_000_000_000 + mtime_ns
+        result.st_ctime_ns = ctime * 1_000_000_000 + ctime_ns
+        result.entry_timeout = self._timeout
+        result.attr_timeout = self._timeout
         return result
 
     # Names and nodes
@@ -167,7 +183,7 @@ class Handlers(pyfuse3.Operations):
         if entry is not None:
             return self._entry(entry)
         absent = pyfuse3.EntryAttributes()  # st_ino 0: no such name, and the kernel may remember that
-        absent.entry_timeout = FOREVER
+        absent.entry_timeout = self._timeout
         return absent
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -250,7 +266,7 @@ class Handlers(pyfuse3.Operations):
 
     @message
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return _attributes(await self._run(self.ops.getattr, self.numbers.node(inode)))
+        return self._attributes(await self._run(self.ops.getattr, self.numbers.node(inode)))
 
     @message
     async def setattr(
@@ -269,7 +285,7 @@ class Handlers(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return _attributes(await self._run(self.ops.setattr, self.numbers.node(inode), changes))
+        return self._attributes(await self._run(self.ops.setattr, self.numbers.node(inode), changes))
 
     # Data. A file's handle is its node id: pyfuse3 gives `read` and the like the handle only.
 
@@ -322,7 +338,7 @@ class Handlers(pyfuse3.Operations):
         # The dots are made here, at 1 and 2; the core's names come after 2.
         cookie = max(start_id, DOTS)
         if start_id < DOTS:
-            attributes = _attributes(await self._run(self.ops.getattr, fh))  # the kernel counts no dots
+            attributes = self._attributes(await self._run(self.ops.getattr, fh))  # the kernel counts no dots
             for position in range(start_id, DOTS):
                 if not pyfuse3.readdir_reply(token, b".." if position else b".", attributes, position + 1):
                     return
@@ -379,20 +395,6 @@ def _settle(operation: Callable[..., T], args: tuple[Any, ...]) -> tuple[int, T 
         return 0, operation(*args)
     except OSError as error:
         return error.errno or errno.EIO, None
-
-
-def _attributes(attr: Attr) -> pyfuse3.EntryAttributes:
-    result = pyfuse3.EntryAttributes()
-    (
-        result.st_ino, result.st_size, result.st_blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
-        result.st_mode, result.st_nlink, result.st_uid, result.st_gid, result.st_rdev, result.st_blksize, _flags,
-    ) = attr  # fmt: skip
-    result.st_atime_ns = atime * 1_000_000_000 + atime_ns
-    result.st_mtime_ns = mtime * 1_000_000_000 + mtime_ns
-    result.st_ctime_ns = ctime * 1_000_000_000 + ctime_ns
-    result.entry_timeout = FOREVER
-    result.attr_timeout = FOREVER
-    return result
 
 
 def _in_group(ctx: pyfuse3.RequestContext, gid: int) -> bool:

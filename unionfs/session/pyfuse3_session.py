@@ -20,19 +20,37 @@ import pyfuse3
 import trio
 
 from unionfs.api import MountConfig, Operations
-from unionfs.errors import MountError
+from unionfs.errors import EXIT_USAGE, MountError
 from unionfs.session import channel, mount
 from unionfs.session.lanes import Lane
-from unionfs.session.pyfuse3_handlers import Handlers
+from unionfs.session.pyfuse3_handlers import FOREVER, Handlers
+
+MAX_THREADS = 16
 
 
 class Pyfuse3Session:
     """Serves one connection. Implements api.Session and api.Notifier."""
 
-    def __init__(self, ops: Operations, config: MountConfig) -> None:
+    def __init__(
+        self,
+        ops: Operations,
+        config: MountConfig,
+        *,
+        writeback: bool = False,
+        max_threads: int = MAX_THREADS,
+        timeout: int | None = None,
+    ) -> None:
+        if config.data not in ("auto", "cached"):
+            raise MountError(f"data={config.data}: the pyfuse3 session knows data=cached only", EXIT_USAGE)
         self._ops = ops
         self._config = config
-        self._handlers = Handlers(ops, acl="noacl" not in config.options)
+        self._handlers = Handlers(
+            ops,
+            acl="noacl" not in config.options,
+            writeback=writeback,
+            max_threads=max_threads,
+            timeout=FOREVER if timeout is None else timeout,
+        )
         self._fd = -1  # of the device, while it is served
         self._token: trio.lowlevel.TrioToken | None = None
         self._notices = Lane("unionfs-notify", 1, lambda: self._send)
@@ -128,6 +146,8 @@ class Pyfuse3Session:
         return {
             "session": "pyfuse3",
             "library": pyfuse3.__version__,
+            "data": "cached",
+            "writeback": handlers.enable_writeback_cache,
             "uptime": monotonic() - self._started,
             "messages": messages,
             "lanes": {"fast": sum(messages.values()) - handlers.moved, "slow": handlers.moved},

@@ -251,6 +251,29 @@ def test_the_umask_is_left_to_the_core(mounted: Mounted, ops: MemoryOperations) 
     assert ops.named("create")[0][3:5] == (stat.S_IFREG | 0o666, 0o027)
 
 
+def umask_seen_by_the_core(mountpoint: Path) -> int:
+    """In a process of its own, with a mount of its own: the mode of a directory made 0777 under umask 027."""
+    ops = MemoryOperations()
+    mounted = Mounted(mountpoint, ops)
+    ops.root.uid = os.getuid()
+    mounted.session.invalidate_inode(ROOT_ID)
+    os.umask(0o027)
+    (mounted / "d").mkdir()
+    mounted.session.stop()
+    mounted.ended()
+    (arguments,) = ops.named("mkdir")
+    return int(arguments[2])
+
+
+def test_the_umask_is_left_to_the_core_in_a_user_namespace(mountpoint: Path) -> None:
+    assert child(umask_seen_by_the_core, mountpoint, namespace=True) == 0o777
+
+
+def test_the_umask_of_a_mount_through_fusermount3_is_the_kernels(mountpoint: Path) -> None:
+    os.chown(mountpoint, USER, USER)
+    assert child(umask_seen_by_the_core, mountpoint, uid=USER) == 0o750
+
+
 CHANGES: dict[str, Callable[[Path], object]] = {
     "write": lambda path: write(path, os.O_WRONLY),
     "append": lambda path: write(path, os.O_WRONLY | os.O_APPEND),

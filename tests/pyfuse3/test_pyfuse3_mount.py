@@ -7,6 +7,7 @@ import errno
 import fcntl
 import mmap
 import os
+import pwd
 import signal
 import stat
 import struct
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 from memory_operations import MemoryOperations
-from support.procs import USER, child
+from support.procs import USER, child, in_user_namespace
 
 from unionfs.api import ROOT_ID, MountConfig
 from unionfs.errors import EXIT_MOUNTPOINT, EXIT_USAGE, MountError
@@ -47,16 +48,18 @@ class Mounted:
         self.session = Pyfuse3Session(ops, config, **arguments)  # type: ignore[arg-type]
         self.failure: BaseException | None = None
         self.thread = threading.Thread(target=self._serve, daemon=True)
-        ready = threading.Event()
-        self._on_ready = ready.set
+        self._ready = threading.Event()
         self.thread.start()
-        assert ready.wait(PATIENCE), self.failure
+        assert self._ready.wait(PATIENCE)
+        if self.failure is not None:
+            raise self.failure
 
     def _serve(self) -> None:
         try:
-            self.session.serve(self._on_ready)
+            self.session.serve(self._ready.set)
         except BaseException as error:
             self.failure = error
+            self._ready.set()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -266,12 +269,14 @@ def umask_seen_by_the_core(mountpoint: Path) -> int:
 
 
 def test_the_umask_is_left_to_the_core_in_a_user_namespace(mountpoint: Path) -> None:
-    assert child(umask_seen_by_the_core, mountpoint, namespace=True) == 0o777
+    os.chown(mountpoint, USER, USER)
+    assert in_user_namespace(umask_seen_by_the_core, mountpoint) == 0o777
 
 
 def test_the_umask_of_a_mount_through_fusermount3_is_the_kernels(mountpoint: Path) -> None:
-    os.chown(mountpoint, USER, USER)
-    assert child(umask_seen_by_the_core, mountpoint, uid=USER) == 0o750
+    nobody = pwd.getpwnam("nobody").pw_uid  # fusermount3 wants users to have names
+    os.chown(mountpoint, nobody, nobody)
+    assert child(umask_seen_by_the_core, mountpoint, uid=nobody) == 0o750
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {

@@ -12,10 +12,7 @@ PYFUSE3 = {
     "tmpfile": "pyfuse3 has no tmpfile handler",
     "ioctl": "pyfuse3 has no ioctl handler",
     "syncfs": "pyfuse3 has no syncfs handler",
-    "rename_whiteout": "pyfuse3 refuses rename flags other than NOREPLACE and EXCHANGE",
     "birth_time": "pyfuse3 has no statx handler",
-    "default_acl": "pyfuse3 cannot negotiate DONT_MASK and POSIX_ACL",
-    "suid_clearing": "pyfuse3 does not pass the kernel's request to drop setuid and setgid on write",
     "noopen": "pyfuse3 cannot answer OPEN with ENOSYS",
 }
 

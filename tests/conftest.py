@@ -1,4 +1,4 @@
-"""Options, targets and the fixtures `make_union` and `union`; and CI's check that no test was skipped for a new reason."""
+"""Options, targets, the fixtures `make_union` and `union`, and CI's check that nothing was skipped for a new reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "needs(*features): skip on a target that lacks one of them (see support/limits.py)")
+    config.addinivalue_line(
+        "markers", "needs(*features): skip on a target that lacks one of them (see support/limits.py)"
+    )
     config.addinivalue_line("markers", "every_data_mode: run with each data mode of the direct session")
 
 
@@ -44,7 +46,9 @@ def targets(config: pytest.Config, every_data_mode: bool) -> list[Target]:
     found = []
     for driver in config.getoption("--driver").split(","):
         for session in config.getoption("--session").split(","):
-            found += [Target(driver, session, mode) for mode in data] if session == "direct" else [Target(driver, session)]
+            found += (
+                [Target(driver, session, mode) for mode in data] if session == "direct" else [Target(driver, session)]
+            )
     return found
 
 

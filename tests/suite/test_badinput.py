@@ -1,4 +1,4 @@
-"""Mounts that can't be made: one line on stderr that names the path, the exit code of its class, nothing mounted or changed."""
+"""Mounts that can't be made: one line on stderr that names the path, an exit code by class, nothing changed."""
 
 from __future__ import annotations
 
@@ -56,10 +56,16 @@ def test_overlapping_layers(place: Union) -> None:
     (low / "up").mkdir()
     (u.up / "low").mkdir()
     for lower, upper, work in (
-        (low, low, u.work), (low, low / "up", u.work), (u.up / "low", u.upper, u.work), (low, u.upper, u.upper),
-        (low, u.upper, u.up / "low"), (low, u.upper, low / "up"), (f"{low}:{low}", u.upper, u.work),
-        (f"{low}:{low / 'in'}", u.upper, u.work), (f"{other}:{u.upper}", u.upper, u.work),
-    ):  # fmt: skip
+        (low, low, u.work),
+        (low, low / "up", u.work),
+        (u.up / "low", u.upper, u.work),
+        (low, u.upper, u.upper),
+        (low, u.upper, u.up / "low"),
+        (low, u.upper, low / "up"),
+        (f"{low}:{low}", u.upper, u.work),
+        (f"{low}:{low / 'in'}", u.upper, u.work),
+        (f"{other}:{u.upper}", u.upper, u.work),
+    ):
         refused(u, 3, "--lower", lower, "--upper", upper, "--work", work, u.merged)
     u.remember_lowers()
 
@@ -81,7 +87,9 @@ def test_read_only_upper(disk: Callable[..., Path], place: Union) -> None:
     for name in ("upper", "work"):
         (there / name).mkdir()
     subprocess.run(["mount", "-o", "remount,ro", there], check=True)
-    refused(place, (3, 6), "--lower", place.lowers[0], "--upper", there / "upper", "--work", there / "work", place.merged)
+    refused(
+        place, (3, 6), "--lower", place.lowers[0], "--upper", there / "upper", "--work", there / "work", place.merged
+    )
 
 
 def test_mountpoints(place: Union) -> None:
@@ -132,10 +140,29 @@ def test_no_fuse_device(place: Union) -> None:
 
     u = place
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", script, "sh", UNIONFS, "mount", "--session", u.target.session, "--lower", u.lowers[0],
-         "--upper", u.upper, "--work", u.work, u.merged],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            UNIONFS,
+            "mount",
+            "--session",
+            u.target.session,
+            "--lower",
+            u.lowers[0],
+            "--upper",
+            u.upper,
+            "--work",
+            u.work,
+            u.merged,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 7, done
     assert len(done.stderr.splitlines()) == 1
     assert "/dev/fuse" in done.stderr

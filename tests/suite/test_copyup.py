@@ -30,9 +30,14 @@ def test_data_writes_copy_up(make_union: Maker) -> None:
     os.pwrite(fd, b"XY", 20)
     os.close(fd)
     expected = {
-        "append": b"0123456789++", "plus": b"AB23456789", "trunc": b"new", "truncate": b"0123", "trunc0": b"",
-        "grow": b"0123456789" + bytes(4990), "write": b"0123456789" + bytes(10) + b"XY",
-    }  # fmt: skip
+        "append": b"0123456789++",
+        "plus": b"AB23456789",
+        "trunc": b"new",
+        "truncate": b"0123",
+        "trunc0": b"",
+        "grow": b"0123456789" + bytes(4990),
+        "write": b"0123456789" + bytes(10) + b"XY",
+    }
     for _ in range(2):
         for name, content in expected.items():
             assert (u / f"d/{name}").read_bytes() == content, name
@@ -57,13 +62,22 @@ def test_opening_alone(make_union: Maker) -> None:
 
 def test_metadata_kept(make_union: Maker) -> None:
     """Mode bits, owner, times, xattrs and ACLs of the file and of the directories above it come along."""
-    rights = acl((ACL_USER_OBJ, 6, NO_ID), (ACL_USER, 4, 1000), (ACL_GROUP_OBJ, 4, NO_ID), (ACL_MASK, 4, NO_ID),
-                 (ACL_OTHER, 0, NO_ID))  # fmt: skip
-    u = make_union([{
-        "p": D(0o1751, 11, 12, {"user.p": b"1"}),
-        "p/q": D(0o2770, 13, 14, {"trusted.q": b"2", ACL_ACCESS: rights}),
-        "p/q/f": F("body", 0o644, 15, 16, XATTRS | {ACL_ACCESS: rights}),
-    }])  # fmt: skip
+    rights = acl(
+        (ACL_USER_OBJ, 6, NO_ID),
+        (ACL_USER, 4, 1000),
+        (ACL_GROUP_OBJ, 4, NO_ID),
+        (ACL_MASK, 4, NO_ID),
+        (ACL_OTHER, 0, NO_ID),
+    )
+    u = make_union(
+        [
+            {
+                "p": D(0o1751, 11, 12, {"user.p": b"1"}),
+                "p/q": D(0o2770, 13, 14, {"trusted.q": b"2", ACL_ACCESS: rights}),
+                "p/q/f": F("body", 0o644, 15, 16, XATTRS | {ACL_ACCESS: rights}),
+            }
+        ]
+    )
     before = {name: (u / name).stat() for name in ("p", "p/q", "p/q/f")}
     os.setxattr(u / "p/q/f", "user.new", b"!")
     for name, old in before.items():
@@ -93,9 +107,21 @@ def test_write_keeps_parent_times(make_union: Maker) -> None:
 
 
 def test_each_metadata_change(make_union: Maker) -> None:
-    u = make_union([{name: F("body", 0o644) for name in ("chmod", "chown", "utime", "setx", "rmx")} | {
-        "rmx": F("body", xattrs={"user.a": b"1", "user.b": b"2"}), "d": D(), "d/x": "x", "l": L("chmod"),
-        "p": Node("p"), "s": Node("s"), "c": Node("c", 1, 3), "b": Node("b", 7, 200)}])  # fmt: skip
+    u = make_union(
+        [
+            {name: F("body", 0o644) for name in ("chmod", "chown", "utime", "setx", "rmx")}
+            | {
+                "rmx": F("body", xattrs={"user.a": b"1", "user.b": b"2"}),
+                "d": D(),
+                "d/x": "x",
+                "l": L("chmod"),
+                "p": Node("p"),
+                "s": Node("s"),
+                "c": Node("c", 1, 3),
+                "b": Node("b", 7, 200),
+            }
+        ]
+    )
     os.chmod(u / "chmod", 0o4711)
     os.chown(u / "chown", 7, 8)
     os.utime(u / "utime", ns=(5, 1_000_000_007))
@@ -255,5 +281,9 @@ def test_from_middle_layer(make_union: Maker) -> None:
     for name in ("d/mid", "d/low", "top"):
         with open(u / name, "a") as f:
             f.write("+")
-    assert {name: (u / name).read_text() for name in ("d/mid", "d/low", "top")} == {"d/mid": "m+", "d/low": "l+", "top": "t+"}
+    assert {name: (u / name).read_text() for name in ("d/mid", "d/low", "top")} == {
+        "d/mid": "m+",
+        "d/low": "l+",
+        "top": "t+",
+    }
     assert (u.up / "d").stat().st_mode & 0o777 == 0o711

@@ -29,7 +29,15 @@ def test_sizes_and_offsets(make_union: Maker) -> None:
             for path in (u / name, u / ("new" + name)):
                 assert path.read_bytes() == content
                 fd = os.open(path, os.O_RDONLY)
-                for offset in (0, 1, 4095, len(content) // 2, max(len(content) - 3, 0), len(content), len(content) + 10):
+                for offset in (
+                    0,
+                    1,
+                    4095,
+                    len(content) // 2,
+                    max(len(content) - 3, 0),
+                    len(content),
+                    len(content) + 10,
+                ):
                     assert os.pread(fd, 5000, offset) == content[offset : offset + 5000]
                 os.close(fd)
         u.remount()
@@ -129,7 +137,12 @@ def test_shared_mapping(make_union: Maker) -> None:
     assert (u / "f").read_bytes()[9990:9995] == b"final"
     u.remount()
     content = (u / "f").read_bytes()
-    assert (content[:5], content[100:105], content[5000:5003], content[9990:9995]) == (b"child", b"write", b"map", b"final")
+    assert (content[:5], content[100:105], content[5000:5003], content[9990:9995]) == (
+        b"child",
+        b"write",
+        b"map",
+        b"final",
+    )
 
 
 @pytest.mark.needs("coherent_fd")

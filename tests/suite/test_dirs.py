@@ -1,4 +1,4 @@
-"""Merged directories: what they list, their attributes, names of every sort, big and deep ones, listing while they change."""
+"""Merged directories: what they list, attributes, names of every sort, big and deep ones, listing under change."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from support.trees import OLD_NS, D, F, L, Node
 
 def test_merge_of_layers(make_union: Maker) -> None:
     """N layers merge; the topmost wins in name, kind and attributes; a file hides the directories below it."""
-    u = make_union([
-        {"d": D(0o701, 1, 1), "d/only0": "0", "d/same": "0", "file": "f", "mix": D(), "mix/a": "1"},
-        {"d": D(0o702, 2, 2), "d/only1": "1", "d/same": "1", "file/hidden": "x", "mix": "a file"},
-        {"d": D(0o703, 3, 3), "d/only2": "2", "d/same": "2", "mix/b": "2", "deep/er/x": "x"},
-        {"deep/er/y": "y", "d/only3": "3"},
-    ], {"d/up": "u", "d": D(0o700, 9, 9)})  # fmt: skip
+    u = make_union(
+        [
+            {"d": D(0o701, 1, 1), "d/only0": "0", "d/same": "0", "file": "f", "mix": D(), "mix/a": "1"},
+            {"d": D(0o702, 2, 2), "d/only1": "1", "d/same": "1", "file/hidden": "x", "mix": "a file"},
+            {"d": D(0o703, 3, 3), "d/only2": "2", "d/same": "2", "mix/b": "2", "deep/er/x": "x"},
+            {"deep/er/y": "y", "d/only3": "3"},
+        ],
+        {"d/up": "u", "d": D(0o700, 9, 9)},
+    )
     for _ in range(2):
         assert sorted(os.listdir(u / "d")) == ["only0", "only1", "only2", "only3", "same", "up"]
         assert (u / "d/same").read_text() == "0"
@@ -37,10 +40,17 @@ def test_no_upper_is_read_only(make_union: Maker) -> None:
     assert sorted(os.listdir(u / "d")) == ["x", "y"]
     assert (u / "b").read_text() == "2"
     for call, args in (
-        (os.unlink, ("a",)), (os.mkdir, ("n",)), (os.rmdir, ("d",)), (os.chmod, ("a", 0o600)), (os.truncate, ("a", 0)),
-        (os.mkfifo, ("p",)), (os.open, ("a", os.O_WRONLY)), (os.open, ("n", os.O_CREAT | os.O_RDWR)),
-        (os.setxattr, ("a", "user.x", b"")), (os.chown, ("a", 1, 1)),
-    ):  # fmt: skip
+        (os.unlink, ("a",)),
+        (os.mkdir, ("n",)),
+        (os.rmdir, ("d",)),
+        (os.chmod, ("a", 0o600)),
+        (os.truncate, ("a", 0)),
+        (os.mkfifo, ("p",)),
+        (os.open, ("a", os.O_WRONLY)),
+        (os.open, ("n", os.O_CREAT | os.O_RDWR)),
+        (os.setxattr, ("a", "user.x", b"")),
+        (os.chown, ("a", 1, 1)),
+    ):
         name, *rest = args
         assert errno_of(call, u / str(name), *rest) == 30, call.__name__
     assert errno_of(os.rename, u / "a", u / "c") == 30
@@ -59,7 +69,10 @@ def test_ro_option(make_union: Maker) -> None:
 
 def test_numbers_agree(make_union: Maker) -> None:
     """d_ino is st_ino, d_type is the kind, all in one st_dev, all different, `.` and `..` included."""
-    u = make_union([{f"low{i}": "x" for i in range(20)} | {"d/sub/x": "1", "l": L("x"), "p": Node("p")}, {"d/y": "2"}], {"d/z": "3"})
+    u = make_union(
+        [{f"low{i}": "x" for i in range(20)} | {"d/sub/x": "1", "l": L("x"), "p": Node("p")}, {"d/y": "2"}],
+        {"d/z": "3"},
+    )
     (u / "new").write_text("n")
     os.mkdir(u / "d/made")
     dev = u.merged.stat().st_dev
@@ -97,9 +110,25 @@ def test_directory_nlink(make_union: Maker) -> None:
 
 
 ODD_NAMES = [
-    b"\xff\xfe\x80bytes", b"new\nline", b" ", b"tab\t", b"quote\"'", b"back\\slash", b"colon:comma,", b"...", b".hidden",
-    b"-rf", b"*?[", "ünï¢ode ☃".encode(), b"%s%n", b"a" * 255, b"\x01\x7f", b".wh", b"trailing ", b"#work",
-]  # fmt: skip
+    b"\xff\xfe\x80bytes",
+    b"new\nline",
+    b" ",
+    b"tab\t",
+    b"quote\"'",
+    b"back\\slash",
+    b"colon:comma,",
+    b"...",
+    b".hidden",
+    b"-rf",
+    b"*?[",
+    "ünï¢ode ☃".encode(),
+    b"%s%n",
+    b"a" * 255,
+    b"\x01\x7f",
+    b".wh",
+    b"trailing ",
+    b"#work",
+]
 
 
 def test_odd_names(make_union: Maker) -> None:
@@ -189,7 +218,9 @@ def test_path_max_edge(union: Union) -> None:
 
 def test_big_directory(make_union: Maker) -> None:
     """5,000 entries from three layers with overlap: each once, in any read size; rewinding; one level of removal."""
-    u = make_union([{f"d/f{i:04}": "" for i in range(0, 3000)}, {f"d/f{i:04}": "x" for i in range(2000, 5000)}], compare=False)
+    u = make_union(
+        [{f"d/f{i:04}": "" for i in range(0, 3000)}, {f"d/f{i:04}": "x" for i in range(2000, 5000)}], compare=False
+    )
     expected = sorted(f"f{i:04}" for i in range(5000))
     assert sorted(os.listdir(u / "d")) == expected
     for i in range(0, 5000, 10):

@@ -1,4 +1,4 @@
-"""Disks that fill up or turn read-only, layers that change behind our back: the right errno, nothing lost, the mount alive."""
+"""Disks that fill up or turn read-only, layers that change: the right errno, nothing lost, the mount alive."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def alive(u: Union) -> None:
 def test_full_in_copy_up(disk: Disk, make_union: Maker, kind: str) -> None:
     """A file that does not fit: ENOSPC, the lower's bytes still shown, no trace in upper; smaller ones still work."""
     content = os.urandom(20 << 20)
-    u = make_union([{"big": F(content), "d/big2": F(content), "small": F(b"small")}], upper_on=disk(12, kind), compare=False)
+    u = make_union(
+        [{"big": F(content), "d/big2": F(content), "small": F(b"small")}], upper_on=disk(12, kind), compare=False
+    )
     assert errno_of(poke, u / "big") == ENOSPC
     assert errno_of(os.truncate, u / "d/big2", (20 << 20) - 1) == ENOSPC
     for _ in range(2):
@@ -93,7 +95,7 @@ def test_no_inodes_left(disk: Disk, make_union: Maker) -> None:
     """Out of inodes: every kind of creation says ENOSPC and leaves nothing; deletion of upper files still works."""
     u = make_union([{"low": "l", "d/x": "x", "moving/y": "y"}], upper_on=disk(8, inodes=40), compare=False)
     made = 0
-    while not errno_of(lambda: os.close(os.open(u / f"f{made}", os.O_CREAT | os.O_EXCL | os.O_RDWR))):
+    while not errno_of(os.mknod, u / f"f{made}"):
         made += 1
         assert made < 100
     before = sorted(os.listdir(u.merged))
@@ -119,8 +121,17 @@ def test_upper_turns_read_only(disk: Disk, make_union: Maker) -> None:
     u = make_union([{"low": "l", "d/x": "x"}], {"up": "u"}, upper_on=there, compare=False)
     assert (u / "low").read_text() == "l"
     subprocess.run(["mount", "-o", "remount,ro", there], check=True)
-    for call, name, *rest in ((os.unlink, "low"), (os.unlink, "up"), (os.mkdir, "n"), (os.chmod, "low", 0o600), (os.chmod, "up", 0o600),
-                              (os.truncate, "up", 0), (os.rmdir, "none"), (poke, "low"), (poke, "up")):  # fmt: skip
+    for call, name, *rest in (
+        (os.unlink, "low"),
+        (os.unlink, "up"),
+        (os.mkdir, "n"),
+        (os.chmod, "low", 0o600),
+        (os.chmod, "up", 0o600),
+        (os.truncate, "up", 0),
+        (os.rmdir, "none"),
+        (poke, "low"),
+        (poke, "up"),
+    ):
         assert errno_of(call, u / str(name), *rest) == (2 if name == "none" else EROFS), (call, name)
     assert errno_of(os.rename, u / "low", u / "new") == EROFS
     assert ((u / "low").read_text(), (u / "up").read_text()) == ("l", "u")
@@ -130,7 +141,7 @@ def test_upper_turns_read_only(disk: Disk, make_union: Maker) -> None:
 
 
 def test_layers_change_behind(make_union: Maker) -> None:
-    """Deleting and changing lower files under a live mount is undefined, yet answers errors at worst and serves the rest."""
+    """Deleting and changing lower files under a live mount is undefined: errors at worst, and the rest is served."""
     make_union.require("ours")
     u = make_union([{f"d/f{i}": str(i) for i in range(10)} | {"keep": "k"}], compare=False)
     assert (u / "d/f1").read_text() == "1"

@@ -1,4 +1,4 @@
-"""Hard links: one inode under all its names, before and after copy-up, whichever name is used first, and after remount."""
+"""Hard links: one inode under all its names, before and after copy-up, whichever is used first, and after remount."""
 
 from __future__ import annotations
 

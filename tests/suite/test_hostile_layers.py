@@ -29,12 +29,32 @@ def test_symlink_where_a_directory_is_elsewhere(make_union: Maker) -> None:
     assert os.stat("/etc/passwd").st_mtime_ns == before
 
 
-@pytest.mark.parametrize("redirect", ["../secret", "/../secret", "..", "a/b", "/a/../../secret", "", "/", ".", "\0", "x" * 300,
-                                      "/none", "nested//x", "/secret\0/x"])  # fmt: skip
+@pytest.mark.parametrize(
+    "redirect",
+    [
+        "../secret",
+        "/../secret",
+        "..",
+        "a/b",
+        "/a/../../secret",
+        "",
+        "/",
+        ".",
+        "\0",
+        "x" * 300,
+        "/none",
+        "nested//x",
+        "/secret\0/x",
+    ],
+)
 def test_redirects_out_of_the_layer(make_union: Maker, redirect: str) -> None:
     """A forged redirect shows nothing that is not in a lower at that path, and the mount lives on."""
-    u = make_union([{"d/x": "x", "a/b/inside": "i"}], {"e": D(xattrs={"trusted.overlay.redirect": redirect.encode()}), "e/own": "o"},
-                   compare=False, mount=False)  # fmt: skip
+    u = make_union(
+        [{"d/x": "x", "a/b/inside": "i"}],
+        {"e": D(xattrs={"trusted.overlay.redirect": redirect.encode()}), "e/own": "o"},
+        compare=False,
+        mount=False,
+    )
     build(u.base / "secret", {"hidden": "outside"})
     u.mount()
     number = errno_of(os.listdir, u / "e")
@@ -47,21 +67,31 @@ def test_redirects_out_of_the_layer(make_union: Maker, redirect: str) -> None:
 
 
 def test_redirect_loop(make_union: Maker) -> None:
-    u = make_union([{"a": D(xattrs={"trusted.overlay.redirect": b"/b"}), "b": D(xattrs={"trusted.overlay.redirect": b"/a"})},
-                    {"a/x": "x", "b/y": "y"}], compare=False)  # fmt: skip
+    u = make_union(
+        [
+            {"a": D(xattrs={"trusted.overlay.redirect": b"/b"}), "b": D(xattrs={"trusted.overlay.redirect": b"/a"})},
+            {"a/x": "x", "b/y": "y"},
+        ],
+        compare=False,
+    )
     for name in ("a", "b"):
         assert errno_of(os.listdir, u / name) in (0, 5, 40)
     assert sorted(os.listdir(u.merged)) == ["a", "b"]
 
 
 def test_forged_metacopy(make_union: Maker) -> None:
-    """A metacopy file whose data is nowhere, or whose redirect points at a directory or outside: an error, no data of others."""
+    """A metacopy file whose data is nowhere, or whose redirect leads astray: an error, no data of others."""
     meta = {"trusted.overlay.metacopy": b""}
-    u = make_union([{"dir/x": "x"}], {
-        "nowhere": F("", xattrs=meta, holes=100),
-        "dir2": F("", xattrs=meta | {"trusted.overlay.redirect": b"/dir"}, holes=100),
-        "out": F("", xattrs=meta | {"trusted.overlay.redirect": b"/../secret/hidden"}, holes=100),
-    }, compare=False, mount=False)  # fmt: skip
+    u = make_union(
+        [{"dir/x": "x"}],
+        {
+            "nowhere": F("", xattrs=meta, holes=100),
+            "dir2": F("", xattrs=meta | {"trusted.overlay.redirect": b"/dir"}, holes=100),
+            "out": F("", xattrs=meta | {"trusted.overlay.redirect": b"/../secret/hidden"}, holes=100),
+        },
+        compare=False,
+        mount=False,
+    )
     build(u.base / "secret", {"hidden": "outside"})
     u.mount()
     for name in ("nowhere", "dir2", "out"):
@@ -72,10 +102,22 @@ def test_forged_metacopy(make_union: Maker) -> None:
 
 def test_wh_tricks(make_union: Maker) -> None:
     """Odd `.wh.` names: an empty one, one of a dot, of dot-dot, aufs's own files, a directory with such a name."""
-    u = make_union([
-        {".wh.": "", ".wh..": "", ".wh...": "", ".wh..wh.aufs": "", ".wh..wh.plnk": D(), ".wh..wh.orph": D(), "d/.wh.x": D(), "ok": "1"},
-        {"d/x": "x", "keep": "k"},
-    ], compare=False)  # fmt: skip
+    u = make_union(
+        [
+            {
+                ".wh.": "",
+                ".wh..": "",
+                ".wh...": "",
+                ".wh..wh.aufs": "",
+                ".wh..wh.plnk": D(),
+                ".wh..wh.orph": D(),
+                "d/.wh.x": D(),
+                "ok": "1",
+            },
+            {"d/x": "x", "keep": "k"},
+        ],
+        compare=False,
+    )
     names = os.listdir(u.merged)
     assert {"d", "keep", "ok"} <= set(names)
     assert errno_of(os.stat, u / "keep") == 0
@@ -84,7 +126,7 @@ def test_wh_tricks(make_union: Maker) -> None:
 
 
 def test_wh_names_through_the_mount(make_union: Maker) -> None:
-    """A user who makes a `.wh.` name can't hide anything by it: the name is refused, or plain and still there after remount."""
+    """A user who makes a `.wh.` name can't hide anything by it: it is refused, or plain also after remount."""
     u = make_union([{"victim": "v", "d/victim": "v"}], compare=False)
     for name in (".wh.victim", "d/.wh..wh..opq"):
         number = errno_of(lambda name=name: (u / name).touch())
@@ -96,9 +138,19 @@ def test_wh_names_through_the_mount(make_union: Maker) -> None:
 
 
 def test_huge_and_odd_xattrs(make_union: Maker) -> None:
-    u = make_union([{"a": F("x", xattrs={"user.long": b"v" * 3500}), "d": D(xattrs={"trusted.overlay.opaque": b"yes please"}), "d/x": "x",
-                     "e": D(xattrs={"trusted.overlay.origin": b"\0" * 200, "trusted.overlay.nlink": b"garbage"}), "e/y": "y"},
-                    {"d/below": "b", "e/below": "c"}], compare=False)  # fmt: skip
+    u = make_union(
+        [
+            {
+                "a": F("x", xattrs={"user.long": b"v" * 3500}),
+                "d": D(xattrs={"trusted.overlay.opaque": b"yes please"}),
+                "d/x": "x",
+                "e": D(xattrs={"trusted.overlay.origin": b"\0" * 200, "trusted.overlay.nlink": b"garbage"}),
+                "e/y": "y",
+            },
+            {"d/below": "b", "e/below": "c"},
+        ],
+        compare=False,
+    )
     assert os.getxattr(u / "a", "user.long") == b"v" * 3500
     assert "x" in os.listdir(u / "d")
     assert sorted(os.listdir(u / "e")) == ["below", "y"]
@@ -109,7 +161,10 @@ def test_huge_and_odd_xattrs(make_union: Maker) -> None:
 
 def test_forged_origin_and_nlink(make_union: Maker) -> None:
     """An upper with made-up origins and link counts still serves its files, with numbers that do not collide."""
-    bad = {"trusted.overlay.origin": bytes.fromhex("00fb1d00010000000000000000000000000000000000000000000000ff"), "trusted.overlay.nlink": b"L+9999"}
+    bad = {
+        "trusted.overlay.origin": bytes.fromhex("00fb1d00010000000000000000000000000000000000000000000000ff"),
+        "trusted.overlay.nlink": b"L+9999",
+    }
     u = make_union([{"low": "l"}], {"a": F("a", xattrs=bad), "b": F("b", xattrs=bad)}, compare=False)
     assert ((u / "a").read_text(), (u / "b").read_text()) == ("a", "b")
     assert (u / "a").stat().st_ino != (u / "b").stat().st_ino
@@ -120,7 +175,10 @@ def test_forged_origin_and_nlink(make_union: Maker) -> None:
 
 def test_devices_are_only_devices(make_union: Maker) -> None:
     """A device node among layers is passed on as such and never opened by the server (a fifo would hang it)."""
-    u = make_union([{"dev": Node("c", 5, 99), "pipe": Node("p", xattrs={"trusted.overlay.metacopy": b""}), "x": "x"}], compare=False)
+    u = make_union(
+        [{"dev": Node("c", 5, 99), "pipe": Node("p", xattrs={"trusted.overlay.metacopy": b""}), "x": "x"}],
+        compare=False,
+    )
     assert errno_of(os.open, u / "dev", os.O_RDONLY) in (6, 19)
     assert stat.S_ISFIFO((u / "pipe").lstat().st_mode)
     os.chmod(u / "pipe", 0o600)

@@ -1,4 +1,4 @@
-"""One upper, several filesystems: written by us, read and changed by the kernel's overlayfs and by fuse-overlayfs, and back."""
+"""One upper, several filesystems: written by us, changed by the kernel's overlayfs and by fuse-overlayfs, and back."""
 
 from __future__ import annotations
 
@@ -17,10 +17,29 @@ from support.trees import D, F, Hard, L, Node, Tree, differences, snapshot
 pytestmark = pytest.mark.needs("ours", "kernel_format")
 
 LOWERS: list[Tree] = [
-    {"d/a": F("a", 0o640, 1, 2, {"user.k": b"v"}), "d/sub/b": "b", "big": F(os.urandom(200_000)), "h1": "hard", "h2": Hard("h1"),
-     "gone": "x", "l": L("d/a"), "p": Node("p"), "o/x": "x", "r/s/t": "t"},
-    {"d/a": "below", "d/c": "c", "d/sub/deep/e": "e", "gone": "y", "low": "low", "o/y": "y", "c": Node("c", 1, 3), "e": D(0o700)},
-]  # fmt: skip
+    {
+        "d/a": F("a", 0o640, 1, 2, {"user.k": b"v"}),
+        "d/sub/b": "b",
+        "big": F(os.urandom(200_000)),
+        "h1": "hard",
+        "h2": Hard("h1"),
+        "gone": "x",
+        "l": L("d/a"),
+        "p": Node("p"),
+        "o/x": "x",
+        "r/s/t": "t",
+    },
+    {
+        "d/a": "below",
+        "d/c": "c",
+        "d/sub/deep/e": "e",
+        "gone": "y",
+        "low": "low",
+        "o/y": "y",
+        "c": Node("c", 1, 3),
+        "e": D(0o700),
+    },
+]
 
 
 def change(top: Path) -> None:
@@ -82,8 +101,11 @@ def check_numbers(u: Union) -> None:
         assert path.parent.is_dir()
 
 
-@pytest.mark.parametrize("options", [KERNEL_OPTIONS, "index=off,metacopy=on,redirect_dir=on", KERNEL_OPTIONS + ",xino=on"],
-                         ids=["all", "noindex", "xino"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [KERNEL_OPTIONS, "index=off,metacopy=on,redirect_dir=on", KERNEL_OPTIONS + ",xino=on"],
+    ids=["all", "noindex", "xino"],
+)
 def test_ours_then_kernel_then_ours(make_union: Maker, options: str) -> None:
     u = make_union(LOWERS)
     change(u.merged)
@@ -196,7 +218,9 @@ def test_stacked_on_kernel_and_below(make_union: Maker) -> None:
 
 def test_nested_ours(make_union: Maker) -> None:
     """A union whose lower and upper are in another union."""
-    inner = make_union([{"low/a": "1", "low/d/x": "x", "low/e/y": "y"}], compare=False)  # holds whiteouts of the outer one
+    inner = make_union(
+        [{"low/a": "1", "low/d/x": "x", "low/e/y": "y"}], compare=False
+    )  # holds whiteouts of the outer one
     for name in ("upper", "work"):
         (inner / name).mkdir()
     outer = make_union([{}], mount=False, compare=False)

@@ -1,4 +1,4 @@
-"""The life of a mount as people drive it: background, umount, signals, a killed server, what is refused while it lives."""
+"""The life of a mount as people drive it: background, umount, signals, a killed server, what it refuses."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_background(background: Union) -> None:
     (u / "new").write_text("n")
     status = u.status()
     assert status["pid"] in servers(u.merged)
-    assert not os.path.exists(f"/proc/{status['pid']}/fd/0") or os.readlink(f"/proc/{status['pid']}/fd/0") == "/dev/null"
+    assert (
+        not os.path.exists(f"/proc/{status['pid']}/fd/0") or os.readlink(f"/proc/{status['pid']}/fd/0") == "/dev/null"
+    )
     listed = json.loads(unionfs("list", "--json").stdout)
     assert any(str(u.merged) in json.dumps(entry) for entry in listed)
     done = unionfs("umount", u.merged)
@@ -70,7 +72,7 @@ def test_background(background: Union) -> None:
 
 
 def test_umount_of_a_busy_mount(background: Union) -> None:
-    """Refused in one line while a file is open, and nothing lost; --lazy detaches and the server ends with the last user."""
+    """Refused in one line while a file is open, nothing lost; --lazy detaches, the server ends with the last user."""
     u = background
     fd = os.open(u / "new", os.O_CREAT | os.O_RDWR)
     done = unionfs("umount", u.merged)
@@ -122,7 +124,7 @@ def test_sigterm_with_open_file(make_union: Maker) -> None:
 
 
 def test_killed_then_remounted(make_union: Maker) -> None:
-    """SIGKILL in the middle of work: clients get an error, the next mount cleans work and shows every finished change."""
+    """SIGKILL in the middle of work: clients get an error; the next mount cleans work and shows all finished changes."""
     u = make_union([{"a": "1", "d/x": "x", "big": F(os.urandom(8 << 20))}])
     before = (u / "big").read_bytes()
     (u / "new").write_text("n")
@@ -192,7 +194,9 @@ def test_upper_in_use(make_union: Maker) -> None:
     assert not is_mounted(second)
     other = u.base / "other"
     other.mkdir()
-    done = unionfs("mount", "--session", u.target.session, "--lower", escape(u.lower), "--upper", other, "--work", u.work, second)
+    done = unionfs(
+        "mount", "--session", u.target.session, "--lower", escape(u.lower), "--upper", other, "--work", u.work, second
+    )
     assert done.returncode == 4, done
     assert (u / "a").read_text() == "1"
     u.umount()
@@ -269,7 +273,18 @@ def test_odd_layer_paths(make_union: Maker) -> None:
 
 def test_default_work_and_relative_paths(make_union: Maker) -> None:
     u = make_union([{"a": "1"}], mount=False)
-    argv = ["mount", "--driver", u.target.driver, "--session", u.target.session, "--lower", "lower0", "--upper", "upper", "merged"]
+    argv = [
+        "mount",
+        "--driver",
+        u.target.driver,
+        "--session",
+        u.target.session,
+        "--lower",
+        "lower0",
+        "--upper",
+        "upper",
+        "merged",
+    ]
     done = unionfs(*argv, cwd=u.base)
     assert done.returncode == 0, done.stderr
     with open(u / "a", "a") as f:

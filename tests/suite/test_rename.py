@@ -1,4 +1,4 @@
-"""rename in all its forms: which layers the two names come from, what is overwritten, flags, directories with redirects."""
+"""rename in all its forms: layers the two names come from, what is overwritten, flags, directories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from support.trees import WHITEOUT, D, F, L, Node
 
 
 def test_files(make_union: Maker) -> None:
-    u = make_union([{"low": "low", "d/low2": "low2", "over": "old", "over2": "old2", "x/y": "y", "l": L("low"), "p": Node("p")}], {"up": "up"})
+    u = make_union(
+        [{"low": "low", "d/low2": "low2", "over": "old", "over2": "old2", "x/y": "y", "l": L("low"), "p": Node("p")}],
+        {"up": "up"},
+    )
     numbers = {name: (u / name).lstat().st_ino for name in ("low", "d/low2", "up", "l", "p")}
     os.rename(u / "low", u / "low.new")
     os.rename(u / "d/low2", u / "x/low2.new")
@@ -70,8 +73,14 @@ def test_same_file(make_union: Maker) -> None:
 def test_wrong_kinds(make_union: Maker) -> None:
     u = make_union([{"f": "f", "d/x": "x", "e": D(), "g/y": "y"}])
     for first, second, wanted in (
-        ("f", "d", 21), ("d", "f", 20), ("d", "g", 39), ("d", "d/sub", 22), ("none", "f", 2), ("f", "none/x", 2), ("f", "f/x", 20),
-    ):  # fmt: skip
+        ("f", "d", 21),
+        ("d", "f", 20),
+        ("d", "g", 39),
+        ("d", "d/sub", 22),
+        ("none", "f", 2),
+        ("f", "none/x", 2),
+        ("f", "f/x", 20),
+    ):
         assert errno_of(os.rename, u / first, u / second) == wanted, (first, second)
     assert errno_of(renameat2, u / "d", u / "d/x", EXCHANGE) == 22
     assert errno_of(renameat2, u / "f", u / "d", NOREPLACE) == 17
@@ -243,8 +252,19 @@ def test_whiteout_flag(make_union: Maker) -> None:
 
 
 def test_sticky_and_permission(make_union: Maker) -> None:
-    """An ordinary user may not move what the sticky bit or a directory's mode protects, nor loses anything by trying."""
-    u = make_union([{"tmp": D(0o1777), "tmp/roots": "r", "mine": D(0o755, 12345, 12345), "mine/f": F("f", uid=12345), "closed": D(0o755), "closed/x": "x"}])
+    """An ordinary user may not move what the sticky bit or a directory's mode protects."""
+    u = make_union(
+        [
+            {
+                "tmp": D(0o1777),
+                "tmp/roots": "r",
+                "mine": D(0o755, 12345, 12345),
+                "mine/f": F("f", uid=12345),
+                "closed": D(0o755),
+                "closed/x": "x",
+            }
+        ]
+    )
     assert child(errno_of, os.rename, u / "tmp/roots", u / "mine/roots", uid=12345) == 1
     assert child(errno_of, os.unlink, u / "tmp/roots", uid=12345) == 1
     assert child(errno_of, os.rename, u / "closed/x", u / "mine/x", uid=12345) == 13

@@ -15,10 +15,23 @@ from support.trees import WHITEOUT, D, F, Hard, L, Tree, opaque
 pytestmark = pytest.mark.needs("ours")
 
 LOWERS: list[Tree] = [
-    {"f": "f", "d/x": "x", "d/y": "y", "gone/a": "a", "l": L("f"), "big": F(os.urandom(2 << 20)), "h1": "h", "h2": Hard("h1"),
-     "moving/sub/z": "z", "w": WHITEOUT, "top": opaque("user.overlay."), "top/new": "n", ".wh.dotted": ""},
+    {
+        "f": "f",
+        "d/x": "x",
+        "d/y": "y",
+        "gone/a": "a",
+        "l": L("f"),
+        "big": F(os.urandom(2 << 20)),
+        "h1": "h",
+        "h2": Hard("h1"),
+        "moving/sub/z": "z",
+        "w": WHITEOUT,
+        "top": opaque("user.overlay."),
+        "top/new": "n",
+        ".wh.dotted": "",
+    },
     {"w": "hidden", "top/old": "o", "dotted": "hidden", "d/low": "low"},
-]  # fmt: skip
+]
 
 
 def owned(make_union: Maker, uid: int, lowers: list[Tree]) -> Union:
@@ -62,7 +75,19 @@ def workout(u: Union) -> None:
         assert (u / "h2").read_text() == "h+"
         assert (u / "h2").stat().st_ino == (u / "h1").stat().st_ino
         assert stat.S_ISFIFO((u / "fifo").lstat().st_mode)
-        assert sorted(os.listdir(u.merged)) == ["big", "d", "f", "fifo", "gone", "h1", "h2", "l", "moved", "new link", "top"]
+        assert sorted(os.listdir(u.merged)) == [
+            "big",
+            "d",
+            "f",
+            "fifo",
+            "gone",
+            "h1",
+            "h2",
+            "l",
+            "moved",
+            "new link",
+            "top",
+        ]
         assert {name: (u / name).lstat().st_ino for name in numbers} == numbers
         if not remounted:
             u.remount()
@@ -92,7 +117,19 @@ def test_ordinary_user_umount(make_union: Maker, ordinary_user: int) -> None:
     """The user's own commands: mount in the background, status, umount; another user may do neither."""
     u = make_union([{"a": "1"}], user=ordinary_user, mount=False)
     as_user = {"user": ordinary_user, "group": ordinary_user, "extra_groups": []}
-    done = unionfs("mount", "--session", u.target.session, "--lower", u.lower, "--upper", u.upper, "--work", u.work, u.merged, **as_user)
+    done = unionfs(
+        "mount",
+        "--session",
+        u.target.session,
+        "--lower",
+        u.lower,
+        "--upper",
+        u.upper,
+        "--work",
+        u.work,
+        u.merged,
+        **as_user,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     try:
         status = unionfs("status", "--json", u.merged, **as_user)
@@ -130,7 +167,7 @@ def test_user_namespace(make_union: Maker, ordinary_user: int) -> None:
 
 
 def test_user_namespace_and_kernel(make_union: Maker, ordinary_user: int) -> None:
-    """Without redirects and metacopy, which the kernel allows only the real root, its userxattr overlay shows the same tree."""
+    """The kernel's userxattr overlay (no redirects, no metacopy) shows the same tree."""
     u = owned(make_union, ordinary_user, [{"f": "f", "d/x": "x", "d/y": "y", "o/z": "z"}, {"d/w": "w"}])
 
     def inside() -> None:
@@ -177,8 +214,11 @@ def test_squash_to_ids(make_union: Maker) -> None:
 
 def test_id_mapping(make_union: Maker) -> None:
     """Container ids outside, host ids on disk: `uidmapping=CONTAINER:HOST:COUNT` in triples."""
-    u = make_union([{"f": F("x", 0o644, 100010, 200020), "root": F("r", 0o644, 1000, 2000), "other": F("o", 0o644, 7, 7)}],
-                   options="uidmapping=0:1000:1:1:100001:65535,gidmapping=0:2000:1:1:200001:65535", compare=False)  # fmt: skip
+    u = make_union(
+        [{"f": F("x", 0o644, 100010, 200020), "root": F("r", 0o644, 1000, 2000), "other": F("o", 0o644, 7, 7)}],
+        options="uidmapping=0:1000:1:1:100001:65535,gidmapping=0:2000:1:1:200001:65535",
+        compare=False,
+    )
     assert owner(u / "f") == (10, 20)
     assert owner(u / "root") == (0, 0)
     os.chmod(u.merged, 0o777)

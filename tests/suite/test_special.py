@@ -15,9 +15,13 @@ from support.trees import D, F, L, Node
 
 def test_mknod_all_kinds(union: Union) -> None:
     cases = {
-        "c": (stat.S_IFCHR, os.makedev(1, 3)), "b": (stat.S_IFBLK, os.makedev(259, 70000)), "p": (stat.S_IFIFO, 0),
-        "s": (stat.S_IFSOCK, 0), "r": (stat.S_IFREG, 0), "big": (stat.S_IFCHR, os.makedev(4000, 1048575)),
-    }  # fmt: skip
+        "c": (stat.S_IFCHR, os.makedev(1, 3)),
+        "b": (stat.S_IFBLK, os.makedev(259, 70000)),
+        "p": (stat.S_IFIFO, 0),
+        "s": (stat.S_IFSOCK, 0),
+        "r": (stat.S_IFREG, 0),
+        "big": (stat.S_IFCHR, os.makedev(4000, 1048575)),
+    }
     for name, (kind, device) in cases.items():
         os.mknod(union / name, kind | 0o640, device)
         assert errno_of(os.mknod, union / name, kind | 0o600, device) == 17
@@ -74,7 +78,18 @@ def test_socket(make_union: Maker) -> None:
 
 
 def test_symlinks(make_union: Maker) -> None:
-    u = make_union([{"l": L("target"), "abs": L("/etc/passwd", 5, 6), "loop": L("loop"), "d/up": L("../f"), "f": "f", "bytes": L(b"\xff\n")}])
+    u = make_union(
+        [
+            {
+                "l": L("target"),
+                "abs": L("/etc/passwd", 5, 6),
+                "loop": L("loop"),
+                "d/up": L("../f"),
+                "f": "f",
+                "bytes": L(b"\xff\n"),
+            }
+        ]
+    )
     long = "x" * 4095
     os.symlink(long, u / "long")
     assert errno_of(os.symlink, "", u / "empty") == 2
@@ -111,7 +126,7 @@ def test_inode_flags(make_union: Maker) -> None:
 
 @pytest.mark.needs("birth_time")
 def test_birth_time(make_union: Maker) -> None:
-    """What is made here has a birth time between the clock before and after; an old file keeps its own over copy-up or has none."""
+    """A new file was born about when it was changed; an old one has a birth time after copy-up if it had one before."""
     u = make_union([{"f": "x"}])
     (u / "new").write_text("n")
     if (made := birth_time_ns(u / "new")) is not None:

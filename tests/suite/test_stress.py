@@ -31,7 +31,9 @@ def test_parallel_creates(make_union: Maker) -> None:
 
 def test_one_winner(make_union: Maker) -> None:
     """O_EXCL, mkdir, link, unlink and rmdir of one name by eight processes: exactly one succeeds each time."""
-    u = make_union([{f"low{i}": "x" for i in range(20)} | {f"dir{i}/.keep": "" for i in range(20)} | {"src": "s"}], compare=False)
+    u = make_union(
+        [{f"low{i}": "x" for i in range(20)} | {f"dir{i}/.keep": "" for i in range(20)} | {"src": "s"}], compare=False
+    )
     for i in range(20):
         os.unlink(u / f"dir{i}/.keep")
 
@@ -76,7 +78,9 @@ def test_copy_up_of_one_by_many(make_union: Maker) -> None:
 
 def test_rename_storm(make_union: Maker) -> None:
     """Files and directories wander between directories by many hands: none is lost or doubled."""
-    u = make_union([{f"d{i}/f{i}.{j}": f"{i}.{j}" for i in range(4) for j in range(8)} | {f"d{i}/sub{i}/x": "x" for i in range(4)}])
+    u = make_union(
+        [{f"d{i}/f{i}.{j}": f"{i}.{j}" for i in range(4) for j in range(8)} | {f"d{i}/sub{i}/x": "x" for i in range(4)}]
+    )
     before = sorted(name for i in range(4) for name in os.listdir(u / f"d{i}"))
 
     def work(number: int) -> int:
@@ -126,7 +130,11 @@ def test_whiteouts_under_load(make_union: Maker) -> None:
     def work(number: int) -> None:
         rng = random.Random(number)
         for _ in range(120):
-            name = u / f"d/f{rng.randrange(number * 10, number * 10 + 10)}" if number < 4 else u / f"d/f{rng.randrange(40)}"
+            name = (
+                u / f"d/f{rng.randrange(number * 10, number * 10 + 10)}"
+                if number < 4
+                else u / f"d/f{rng.randrange(40)}"
+            )
             if number < 4:
                 if name.exists():
                     name.unlink()
@@ -150,7 +158,9 @@ def test_mixed_storm_then_same_tree(make_union: Maker) -> None:
     """Everything at once in one tree; what is left is the same before and after remount, and for the kernel."""
     from support.trees import differences, snapshot
 
-    u = make_union([{f"d{i % 5}/f{i}": str(i) for i in range(60)}, {f"d{i % 5}/g{i}": str(i) for i in range(60)}], {"d0/up": "u"})
+    u = make_union(
+        [{f"d{i % 5}/f{i}": str(i) for i in range(60)}, {f"d{i % 5}/g{i}": str(i) for i in range(60)}], {"d0/up": "u"}
+    )
 
     def work(number: int) -> None:
         rng = random.Random(number)

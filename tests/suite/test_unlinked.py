@@ -17,7 +17,9 @@ pytestmark = pytest.mark.every_data_mode
 @pytest.mark.parametrize("layer", ["upper", "lower", "copied"])
 def test_open_unlinked(make_union: Maker, layer: str) -> None:
     """Everything works by descriptor: fstat says nlink 0, data, size, mode and times can be read and changed."""
-    u = make_union([{} if layer == "upper" else {"f": F("content", 0o640)}], {"f": F("content", 0o640)} if layer == "upper" else {})
+    u = make_union(
+        [{} if layer == "upper" else {"f": F("content", 0o640)}], {"f": F("content", 0o640)} if layer == "upper" else {}
+    )
     if layer == "copied":
         os.chmod(u / "f", 0o640)
     fd = os.open(u / "f", os.O_RDWR)
@@ -129,7 +131,11 @@ def test_disk_space_comes_back(make_union: Maker) -> None:
     assert len(os.pread(fd, 1 << 20, 0)) == 1 << 20
     os.close(fd)
     u.drop_caches()
-    held = [path for path in u.base.rglob("*") if path.parent != u.merged and path.is_file() and path.stat().st_ino == number]
+    held = [
+        path
+        for path in u.base.rglob("*")
+        if path.parent != u.merged and path.is_file() and path.stat().st_ino == number
+    ]
     assert held == []
 
 

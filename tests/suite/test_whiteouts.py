@@ -1,4 +1,4 @@
-"""Deletions: every form of whiteout in every layer, opaque directories in every spelling, and what comes back over them."""
+"""Deletions: every form of whiteout in every layer, opaque in every spelling, what comes back over them."""
 
 from __future__ import annotations
 
@@ -82,8 +82,21 @@ def test_opaque(make_union: Maker, spelling: str, layer: str | int) -> None:
 
 def test_delete_lower_entries(make_union: Maker) -> None:
     """Every kind of entry of a lower can be deleted, and stays deleted; the whiteout is a 0:0 device."""
-    u = make_union([{"f": "x", "d/x": "y", "e": D(), "l": L("f"), "p": Node("p"), "c": Node("c", 1, 3), "s": Node("s"),
-                     "keep/a": "a", "keep/b": "b"}])  # fmt: skip
+    u = make_union(
+        [
+            {
+                "f": "x",
+                "d/x": "y",
+                "e": D(),
+                "l": L("f"),
+                "p": Node("p"),
+                "c": Node("c", 1, 3),
+                "s": Node("s"),
+                "keep/a": "a",
+                "keep/b": "b",
+            }
+        ]
+    )
     assert errno_of(os.rmdir, u / "d") == 39
     assert errno_of(os.unlink, u / "d") == 21
     assert errno_of(os.rmdir, u / "f") == 20
@@ -188,7 +201,7 @@ def test_long_name_deleted(make_union: Maker) -> None:
 
 
 def test_whiteout_like_entries(make_union: Maker) -> None:
-    """A char 0:0 of a layer is never shown. Made through the mount (a stacked overlay does) it hides nothing, if allowed."""
+    """A char 0:0 of a layer is never shown. Made through the mount, as a stacked overlay does, it hides nothing."""
     u = make_union([{"real": Node("c", 1, 5), "w": WHITEOUT}, {"w": "hidden"}], compare=False)
     assert os.listdir(u.merged) == ["real"]
     assert (u / "real").lstat().st_rdev == os.makedev(1, 5)
@@ -219,10 +232,16 @@ def test_many_deleted_and_back(make_union: Maker) -> None:
 
 def test_whiteout_xattr_form(make_union: Maker) -> None:
     """The kernel's other form: an empty file with the whiteout xattr in a directory whose opaque xattr is x."""
-    u = make_union([
-        {"d": D(xattrs={"trusted.overlay.opaque": b"x"}), "d/gone": F("", xattrs={"trusted.overlay.whiteout": b""}), "d/new": "n"},
-        {"d/gone": "low", "d/stays": "s"},
-    ])  # fmt: skip
+    u = make_union(
+        [
+            {
+                "d": D(xattrs={"trusted.overlay.opaque": b"x"}),
+                "d/gone": F("", xattrs={"trusted.overlay.whiteout": b""}),
+                "d/new": "n",
+            },
+            {"d/gone": "low", "d/stays": "s"},
+        ]
+    )
     assert sorted(os.listdir(u / "d")) == ["new", "stays"]
     assert not (u / "d/gone").exists()
     (u / "d/gone").write_text("back")

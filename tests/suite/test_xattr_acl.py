@@ -28,8 +28,17 @@ MINE = {"uid": USER, "gid": GROUP}
 
 
 def test_set_get_list_remove(make_union: Maker) -> None:
-    u = make_union([{"low": F("x", xattrs={"user.a": b"1", "trusted.t": b"2"}), "d": D(xattrs={"user.d": b"3"}), "l": L("low"),
-                     "c": Node("c", 1, 3, xattrs={"trusted.dev": b"4"})}], {"up": "y"})  # fmt: skip
+    u = make_union(
+        [
+            {
+                "low": F("x", xattrs={"user.a": b"1", "trusted.t": b"2"}),
+                "d": D(xattrs={"user.d": b"3"}),
+                "l": L("low"),
+                "c": Node("c", 1, 3, xattrs={"trusted.dev": b"4"}),
+            }
+        ],
+        {"up": "y"},
+    )
     for name in ("low", "up", "d"):
         path = u / name
         os.setxattr(path, "user.new", b"value")
@@ -54,8 +63,22 @@ def test_set_get_list_remove(make_union: Maker) -> None:
             assert os.getxattr(u / name, "user.empty") == b""
             assert os.getxattr(u / name, "user.big") == b"v" * 3000
             assert os.getxattr(u / name, "trusted.x") == bytes(range(256))
-        assert sorted(os.listxattr(u / "low")) == ["security.test", "trusted.t", "trusted.x", "user.big", "user.empty", "user.new"]
-        assert sorted(os.listxattr(u / "d")) == ["security.test", "trusted.x", "user.big", "user.d", "user.empty", "user.new"]
+        assert sorted(os.listxattr(u / "low")) == [
+            "security.test",
+            "trusted.t",
+            "trusted.x",
+            "user.big",
+            "user.empty",
+            "user.new",
+        ]
+        assert sorted(os.listxattr(u / "d")) == [
+            "security.test",
+            "trusted.x",
+            "user.big",
+            "user.d",
+            "user.empty",
+            "user.new",
+        ]
         assert os.listxattr(u / "l", follow_symlinks=False) == ["trusted.link"]
         assert os.getxattr(u / "c", "trusted.dev") == b"5"
         u.remount()
@@ -88,7 +111,12 @@ def test_private_ones_hidden(make_union: Maker) -> None:
 def test_forged_private_xattrs(make_union: Maker) -> None:
     """A user of the mount can't write the format's own attributes, in any spelling, into upper."""
     u = make_union([{"d/secret": "x", "e/y": "y"}], compare=False)
-    for key in ("trusted.overlay.redirect", "trusted.overlay.opaque", "user.overlay.redirect", "user.fuseoverlayfs.opaque"):
+    for key in (
+        "trusted.overlay.redirect",
+        "trusted.overlay.opaque",
+        "user.overlay.redirect",
+        "user.fuseoverlayfs.opaque",
+    ):
         number = errno_of(os.setxattr, u / "e", key, b"/d")
         if number == 0:  # stored under another name: then shown as set, and without effect
             assert os.getxattr(u / "e", key) == b"/d"
@@ -143,9 +171,18 @@ def test_owner_of_new_entries(make_union: Maker) -> None:
 @pytest.mark.every_data_mode
 @pytest.mark.needs("suid_clearing")
 def test_suid_cleared(make_union: Maker) -> None:
-    """Write, truncate and chown by an ordinary owner clear setuid, and setgid of an executable; the superuser keeps them."""
-    spec = {name: F("x" * 10, mode, USER, GROUP) for name, mode in (
-        ("write", 0o6777), ("trunc", 0o6777), ("chown", 0o6777), ("lock", 0o2767), ("root", 0o6777), ("otrunc", 0o6777))}  # fmt: skip
+    """Write, truncate and chown by an ordinary user clear setuid, and setgid of an executable; root keeps them."""
+    spec = {
+        name: F("x" * 10, mode, USER, GROUP)
+        for name, mode in (
+            ("write", 0o6777),
+            ("trunc", 0o6777),
+            ("chown", 0o6777),
+            ("lock", 0o2767),
+            ("root", 0o6777),
+            ("otrunc", 0o6777),
+        )
+    }
     for layer in ("lower", "upper"):
         u = make_union([spec if layer == "lower" else {}], spec if layer == "upper" else {})
 
@@ -161,7 +198,14 @@ def test_suid_cleared(make_union: Maker) -> None:
         child(lambda u=u: os.close(os.open(u / "otrunc", os.O_WRONLY | os.O_TRUNC)), uid=USER + 1)
         write("root")
         modes = {name: (u / name).stat().st_mode & 0o7777 for name in spec}
-        assert modes == {"write": 0o777, "trunc": 0o777, "chown": 0o777, "lock": 0o2767, "root": 0o6777, "otrunc": 0o777}, layer
+        assert modes == {
+            "write": 0o777,
+            "trunc": 0o777,
+            "chown": 0o777,
+            "lock": 0o2767,
+            "root": 0o6777,
+            "otrunc": 0o777,
+        }, layer
         u.drop_caches()
         assert {name: (u / name).stat().st_mode & 0o7777 for name in spec} == modes
 
@@ -193,8 +237,20 @@ def test_chmod_clears_setgid_for_others(make_union: Maker) -> None:
 
 
 def test_permission_checks(make_union: Maker) -> None:
-    u = make_union([{"closed": D(0o700), "closed/f": "x", "secret": F("s", 0o600), "ro": F("r", 0o444), "exec": D(0o711), "exec/f": "x",
-                     "grp": F("g", 0o640, 0, 777), "mine": F("m", 0o200, USER, GROUP)}])  # fmt: skip
+    u = make_union(
+        [
+            {
+                "closed": D(0o700),
+                "closed/f": "x",
+                "secret": F("s", 0o600),
+                "ro": F("r", 0o444),
+                "exec": D(0o711),
+                "exec/f": "x",
+                "grp": F("g", 0o640, 0, 777),
+                "mine": F("m", 0o200, USER, GROUP),
+            }
+        ]
+    )
 
     def opened(name: str, flags: int = os.O_RDONLY) -> int:
         return errno_of(lambda: os.close(os.open(u / name, flags)))
@@ -219,8 +275,14 @@ def test_permission_checks(make_union: Maker) -> None:
 
 
 def rights(user: int, named: int, group: int, mask: int, other: int) -> bytes:
-    return acl((ACL_USER_OBJ, user, NO_ID), (ACL_USER, named, USER), (ACL_GROUP_OBJ, group, NO_ID), (ACL_GROUP, 0, 777),
-               (ACL_MASK, mask, NO_ID), (ACL_OTHER, other, NO_ID))  # fmt: skip
+    return acl(
+        (ACL_USER_OBJ, user, NO_ID),
+        (ACL_USER, named, USER),
+        (ACL_GROUP_OBJ, group, NO_ID),
+        (ACL_GROUP, 0, 777),
+        (ACL_MASK, mask, NO_ID),
+        (ACL_OTHER, other, NO_ID),
+    )
 
 
 def test_access_acl(make_union: Maker) -> None:

@@ -1,7 +1,7 @@
 """`Union`: layers on disk and the merged mount over them, served by the real command in a process of its own.
 
-The command runs in the foreground, so that its log and its end are ours to watch; tests/suite/test_lifecycle.py covers the
-background form. After each test `finish` checks what must hold whatever the test did: see its body.
+The command runs in the foreground, so that its log and its end are ours to watch; test_lifecycle.py covers the background
+form. After each test `finish` checks what must hold whatever the test did: see its body.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ def unionfs(*argv: object, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 class Union:
     """Paths and the life of one union. `lowers` is topmost first, as on the command line."""
 
-    def __init__(self, base: Path, target: Target, *, options: str = "", compare: bool = True,
-                 user: int | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, base: Path, target: Target, *, options: str = "", compare: bool = True, user: int | None = None
+    ) -> None:
         self.base = base
         self.target = target
         self.options = options
@@ -133,9 +134,13 @@ class Union:
             address = "@" + os.fsdecode(ready.getsockname()[1:])
             with open(self.log, "ab") as log:
                 self.process = subprocess.Popen(
-                    self.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"NOTIFY_SOCKET": address},
+                    self.command(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | {"NOTIFY_SOCKET": address},
                     **({} if self.user is None else {"user": self.user, "group": self.user, "extra_groups": []}),
-                )  # fmt: skip
+                )
             if self.target.driver == "kernel":
                 assert self.process.wait() == 0, self.log.read_text()
                 self.process = None
@@ -238,8 +243,13 @@ class Union:
             assert not found, "the kernel's overlayfs shows another tree:\n" + "\n".join(found)
 
     def _comparable(self) -> bool:
-        return (self.compare and self.target.driver in ("overlay", "fuse-overlayfs") and self.user is None
-                and self.upper is not None and bool(os.listdir(self.upper)))  # fmt: skip
+        return (
+            self.compare
+            and self.target.driver in ("overlay", "fuse-overlayfs")
+            and self.user is None
+            and self.upper is not None
+            and bool(os.listdir(self.upper))
+        )
 
     def _check_modes(self) -> None:
         """Session and data mode are as asked: asked of the server once per target."""
@@ -307,8 +317,12 @@ class Union:
         for name in ("upper", "work", *(lower.name for lower in self.lowers)):
             path = self.base / name
             if path.exists():
-                listing = subprocess.run(["find", str(path), "-printf", "%M %U:%G %s %i %n %p\n"],
-                                         capture_output=True, text=True, errors="replace")  # fmt: skip
+                listing = subprocess.run(
+                    ["find", str(path), "-printf", "%M %U:%G %s %i %n %p\n"],
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                )
                 parts.append("\n".join(listing.stdout.splitlines()[:60]))
         return "\n".join(parts)
 
@@ -342,9 +356,18 @@ class Maker:
         self.target = target
         self.unions: list[Union] = []
 
-    def __call__(self, lowers: list[Tree] | None = None, upper: Tree | None = None, *, read_only: bool = False,
-                 options: str = "", compare: bool = True, mount: bool = True, user: int | None = None,
-                 upper_on: Path | None = None) -> Union:  # fmt: skip
+    def __call__(
+        self,
+        lowers: list[Tree] | None = None,
+        upper: Tree | None = None,
+        *,
+        read_only: bool = False,
+        options: str = "",
+        compare: bool = True,
+        mount: bool = True,
+        user: int | None = None,
+        upper_on: Path | None = None,
+    ) -> Union:
         """`upper_on`: a directory on another filesystem that takes upper and work."""
         base = self.base / f"u{len(self.unions)}"
         base.mkdir()

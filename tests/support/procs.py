@@ -23,8 +23,9 @@ class ChildFailed(AssertionError):
     pass
 
 
-def _start(fn: Callable[..., Any], args: tuple[Any, ...], uid: int, gid: int, groups: list[int],
-           umask: int | None) -> tuple[int, int]:  # fmt: skip
+def _start(
+    fn: Callable[..., Any], args: tuple[Any, ...], uid: int, gid: int, groups: list[int], umask: int | None
+) -> tuple[int, int]:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid:
@@ -72,8 +73,14 @@ def _value(answer: tuple[str, Any]) -> Any:
     raise ChildFailed(value)
 
 
-def child(fn: Callable[..., Any], *args: Any, uid: int = 0, gid: int | None = None,
-          groups: list[int] | None = None, umask: int | None = None) -> Any:  # fmt: skip
+def child(
+    fn: Callable[..., Any],
+    *args: Any,
+    uid: int = 0,
+    gid: int | None = None,
+    groups: list[int] | None = None,
+    umask: int | None = None,
+) -> Any:
     """Runs fn in a forked process, as another user if asked; its OSError is raised here."""
     return _value(_finish(*_start(fn, args, uid, uid if gid is None else gid, groups or [], umask)))
 

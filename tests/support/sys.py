@@ -26,7 +26,9 @@ def _check(result: int) -> int:
     return result
 
 
-def renameat2(old: str | bytes, new: str | bytes, flags: int, *, olddir: int = AT_FDCWD, newdir: int = AT_FDCWD) -> None:
+def renameat2(
+    old: str | bytes, new: str | bytes, flags: int, *, olddir: int = AT_FDCWD, newdir: int = AT_FDCWD
+) -> None:
     _check(libc.renameat2(olddir, os.fsencode(old), newdir, os.fsencode(new), flags))
 
 

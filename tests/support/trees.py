@@ -13,7 +13,7 @@ import os
 import socket
 import stat
 from dataclasses import dataclass, field
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 OLD_NS = 1_500_000_000_123_456_789  # mtime of everything that `build` makes
 BIG = 64 << 20  # of larger files, snapshots read the first and the last MiB
@@ -69,7 +69,7 @@ class Node:
 
 
 WHITEOUT = Node("c", 0, 0, 0)
-Spec = Union[str, bytes, F, D, L, Hard, Node]
+Spec = str | bytes | F | D | L | Hard | Node
 Tree = dict[str, Spec]
 KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO, "s": stat.S_IFSOCK}
 
@@ -212,10 +212,16 @@ def _entry(dirfd: int, name: bytes) -> Entry:
         content = os.fsdecode(os.readlink(name, dir_fd=dirfd))
     is_dir = stat.S_ISDIR(st.st_mode)
     return Entry(
-        st.st_mode, st.st_uid, st.st_gid, 0 if is_dir else st.st_size, 0 if is_dir else st.st_nlink,
+        st.st_mode,
+        st.st_uid,
+        st.st_gid,
+        0 if is_dir else st.st_size,
+        0 if is_dir else st.st_nlink,
         st.st_rdev if stat.S_ISCHR(st.st_mode) or stat.S_ISBLK(st.st_mode) else 0,
-        st.st_mtime_ns, tuple(xattrs), content,
-    )  # fmt: skip
+        st.st_mtime_ns,
+        tuple(xattrs),
+        content,
+    )
 
 
 def _digest(dirfd: int, name: bytes, size: int) -> str:

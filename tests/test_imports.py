@@ -139,7 +139,7 @@ def test_start_up_imports(tmp_path: Path) -> None:
     layers = ["--lower", tmp_path / "lower", "--upper", tmp_path / "upper", tmp_path / "merged"]
     loaded = loaded_by("-c", main, "mount", "--session", "direct", *layers)
     try:
-        assert {"unionfs.front.cli", "unionfs.core.ops", "unionfs_drivers.overlay"} <= loaded
+        assert {"unionfs.front.cli", "unionfs.core.ops", "unionfs_drivers.branches"} <= loaded
         assert (loaded - loaded_by("-c", "pass")) & HEAVY == set()
     finally:
         subprocess.run(["umount", tmp_path / "merged"], check=True)

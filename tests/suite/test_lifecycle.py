@@ -124,7 +124,7 @@ def test_sigterm_with_open_file(make_union: Maker) -> None:
 
 
 def test_killed_then_remounted(make_union: Maker) -> None:
-    """SIGKILL in the middle of work: clients get an error; the next mount cleans work and shows all finished changes."""
+    """SIGKILL in the middle of work: clients get an error; the next mount cleans work and has all that was done."""
     u = make_union([{"a": "1", "d/x": "x", "big": F(os.urandom(8 << 20))}])
     before = (u / "big").read_bytes()
     (u / "new").write_text("n")

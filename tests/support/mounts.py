@@ -1,7 +1,7 @@
 """`Union`: layers on disk and the merged mount over them, served by the real command in a process of its own.
 
-The command runs in the foreground, so that its log and its end are ours to watch; test_lifecycle.py covers the background
-form. After each test `finish` checks what must hold whatever the test did: see its body.
+The command runs in the foreground, so that its log and its end are ours to watch; test_lifecycle.py covers the
+background form. After each test `finish` checks what must hold whatever the test did: see its body.
 """
 
 from __future__ import annotations

@@ -204,3 +204,16 @@ def test_500_lowers(place: Place) -> None:
     place.umount()
     done = place.run("mount", "--lower", ":".join([*layers, str(place.base / "unused")]), place.merged)
     assert done.returncode == 3 and "limit is 500" in done.stderr
+
+
+def test_debug_traces_on_stderr(place: Place) -> None:
+    trace = place.base / "trace"
+    with open(trace, "w") as stderr:
+        argv = [BIN / "unionfs", "mount", "-d", "--lower", place.lower, place.merged]
+        server = subprocess.Popen([str(word) for word in argv], stderr=stderr)
+    wait_for(lambda: is_mounted(place.merged) or server.poll() is not None, "the mount")
+    assert (place.merged / "a").read_text() == "lower a"
+    server.send_signal(signal.SIGINT)
+    assert server.wait(60) == 0
+    assert "LOOKUP" in trace.read_text()
+    assert not is_mounted(place.merged)

@@ -137,3 +137,22 @@ def test_remount_is_refused(place: Place) -> None:
 def test_fake_mounts_nothing(place: Place) -> None:
     assert place.helper("none", place.merged, "-f", "-o", place.options).returncode == 0
     assert not is_mounted(place.merged)
+
+
+def test_debug_through_mount_8_goes_to_the_log(place: Place) -> None:
+    log = place.base / "log"
+    done = place.helper("none", place.merged, "-o", f"{place.options},debug,log={log}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    (place.merged / "a").read_text()
+    wait_for(lambda: "LOOKUP" in log.read_text(), "the trace")
+    place.umount()
+
+
+def test_log_by_environment(place: Place) -> None:
+    log = place.base / "log"
+    environment = {**os.environ, "FUSE_OVERLAYFS_DEBUG_LOG": str(log), "FUSE_OVERLAYFS_NO_PASSTHROUGH": "1"}
+    done = place.fuse_overlayfs("-o", place.options, place.merged, env=environment)
+    assert done.returncode == 0
+    assert done.stderr == "unionfs: environment variable ignored: FUSE_OVERLAYFS_NO_PASSTHROUGH\n"
+    assert log.exists()
+    place.umount()

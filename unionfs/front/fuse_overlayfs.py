@@ -135,6 +135,11 @@ def configure(argv: Sequence[str], warn: Callable[[str], None]) -> MountConfig:
         config.vfs_options = ["noatime"]
     else:
         config.vfs_options = ["suid", "noatime"]
+    if "FUSE_OVERLAYFS_DEBUG_LOG" in os.environ:
+        config.options["log"] = os.environ["FUSE_OVERLAYFS_DEBUG_LOG"]
+    for name in ("FUSE_OVERLAYFS_DISABLE_OVL_WHITEOUT", "FUSE_OVERLAYFS_NO_PASSTHROUGH"):
+        if name in os.environ:
+            warn(f"environment variable ignored: {name}")
     words: list[str] = []
     arguments: list[str] = []
     position = 0

@@ -68,5 +68,5 @@ def mount(argv: Sequence[str]) -> int:
     complete(config)
     if "f" in parsed:
         return EXIT_OK
-    config.foreground = config.debug = False  # mount(8) waits for us: debug goes to the log instead
+    config.foreground = False  # mount(8) waits for us: -o debug writes its trace to the log
     return server.run(config)

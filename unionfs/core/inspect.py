@@ -113,10 +113,10 @@ class Inspect(Attributes):
                 node = self._child(d, name)
                 here = path + b"/" + name
                 if isinstance(node, Dir) and is_dir:
-                    if below is None or not S_ISDIR(below.st_mode) or node.redirect is not None:
+                    if below is None or not S_ISDIR(below.st_mode):
                         out.append(("C" if below is not None else "A", here))
                         self._add_all(node, here, out)
-                    elif len(node.ldirs) == 1:
+                    elif len(node.ldirs) == 1 or node.redirect is not None:
                         out.append(("C", here))
                         self._diff_opaque(d, name, node, here, out)
                     elif self._diff_dir(node, here, out) or self._meta_differs(node, below):

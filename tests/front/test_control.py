@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,9 +154,12 @@ def test_sweep_takes_the_dead_only(server: control.ControlServer, directory: str
     dead.close()
     for name in ("0-77777.sock.log", "0-88888.sock.log", "notes.txt", os.path.basename(server.path) + ".log"):
         Path(directory, name).write_text("")
+    for name, age in (("0-77777.sock.123", 3600), ("0-99999.sock.124", 0)):
+        Path(directory, name).write_text("")
+        os.utime(Path(directory, name), (time.time() - age,) * 2)
     control.sweep(directory)
     kept = os.path.basename(server.path)
-    assert sorted(os.listdir(directory)) == sorted([kept, kept + ".log", "notes.txt"])
+    assert sorted(os.listdir(directory)) == sorted([kept, kept + ".log", "notes.txt", "0-99999.sock.124"])
     assert control.ask(MOUNT, "echo", 30) == {}
 
 

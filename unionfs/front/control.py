@@ -17,6 +17,7 @@ import _socket
 import os
 import stat
 import threading
+import time
 
 from unionfs.errors import EXIT_FAILURE, EXIT_NOT_OURS, EXIT_USAGE, MountError
 from unionfs.front.mounts import Mount, fuse_mounts
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 MAX_REQUEST = 1 << 20
 MAX_DIRECTORY = 70  # struct sockaddr_un takes 107 bytes
+UNFINISHED_FOR = 60.0  # seconds after which a socket that has not got its name yet is a dead server's
 CLIENT_TIMEOUT = 30.0  # a stuck client holds no more than one thread, and not for ever
 
 
@@ -213,17 +215,29 @@ def sweep(directory: str) -> None:
     live = {socket_path(directory, mount.device) for mount in fuse_mounts()}
     for name in os.listdir(directory):
         path = f"{directory}/{name}"
-        if path.removesuffix(".log") in live or path in live or not name.endswith((".sock", ".sock.log")):
+        socket, suffix, rest = path.partition(".sock")
+        socket += suffix
+        if not suffix or (rest in ("", ".log") and socket in live):
             continue
         try:
-            os.close(_connect_path(path.removesuffix(".log")).detach())
-        except (ConnectionRefusedError, FileNotFoundError):
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass
-        except OSError:
-            pass  # busy, not dead
+            if rest in ("", ".log"):
+                if not _is_refused(socket):
+                    continue
+            elif time.time() - os.lstat(path).st_mtime < UNFINISHED_FOR:
+                continue
+            os.unlink(path)
+        except FileNotFoundError:
+            pass  # its server, or another sweep, was quicker
+
+
+def _is_refused(path: str) -> bool:
+    try:
+        _connect_path(path).close()
+    except (ConnectionRefusedError, FileNotFoundError):
+        return True
+    except OSError:
+        pass  # busy, not dead
+    return False
 
 
 def _connect(device: int) -> _socket.socket:

@@ -204,6 +204,8 @@ class _Server:
         threading.Thread(target=self._answer_control, name="control", daemon=True).start()
 
     def _answer_control(self) -> None:
+        from unionfs.front.control import sweep
+
         try:
             os.statvfs(self._config.mountpoint)
             device = os.stat(self._config.mountpoint).st_dev
@@ -219,6 +221,7 @@ class _Server:
             print(f"unionfs: no control socket: {error}", file=sys.stderr)  # the mount is good without it
         self._tell(None)
         if self._control is not None:
+            sweep(os.path.dirname(self._control.path))
             self._control.serve()
 
     def _open_control(self, device: int) -> None:

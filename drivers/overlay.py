@@ -427,7 +427,7 @@ class OverlayDriver(Driver):
         os.rename(name, tmp, src_dir_fd=ldir.open().n, dst_dir_fd=work.open().n)
         self._dispose(work, tmp)
 
-    def mark_copy(self, path: bytes, source: LDir, name: bytes, ino: int, follow: bool) -> None:
+    def mark_copy(self, path: bytes | int, source: LDir, name: bytes, ino: int, follow: bool) -> None:
         if not self.has_xattrs:
             return
         shown: int | None = None
@@ -448,7 +448,7 @@ class OverlayDriver(Driver):
             os.setxattr(fd_path(ldir.open()), self.prefix + "impure", b"y")
             ldir.impure = True
 
-    def mark_metacopy(self, path: bytes, redirect: bytes, follow: bool) -> None:
+    def mark_metacopy(self, path: bytes | int, redirect: bytes, follow: bool) -> None:
         os.setxattr(path, self.prefix + "redirect", redirect, follow_symlinks=follow)
         os.setxattr(path, self.prefix + "metacopy", b"", follow_symlinks=follow)
 

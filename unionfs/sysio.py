@@ -95,18 +95,23 @@ def syncfs(fd: int) -> None:
         raise _fail()
 
 
+_HANDLE_ROOM = struct.pack("<Ii", _MAX_HANDLE, 0) + bytes(_MAX_HANDLE)
+_mount_id = ctypes.byref(ctypes.c_int())  # written by every call, read by none
+_name_to_handle_at = libc.name_to_handle_at
+_name_to_handle_at.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
+
+
 class _Handle(ctypes.Structure):
     _fields_ = [("size", ctypes.c_uint), ("type", ctypes.c_int), ("data", ctypes.c_ubyte * _MAX_HANDLE)]
 
 
 def name_to_handle(dirfd: int, name: bytes) -> tuple[int, bytes]:
     """The file handle (type, bytes) of dirfd/name, symlinks not followed; b"": dirfd itself. EOPNOTSUPP: none."""
-    handle = _Handle(size=_MAX_HANDLE)
-    mount_id = ctypes.c_int()
-    flags = AT_EMPTY_PATH if not name else 0
-    if libc.name_to_handle_at(dirfd, name, ctypes.byref(handle), ctypes.byref(mount_id), flags):
+    buf = ctypes.create_string_buffer(_HANDLE_ROOM, len(_HANDLE_ROOM))
+    if _name_to_handle_at(dirfd, name, buf, _mount_id, AT_EMPTY_PATH if not name else 0):
         raise _fail(name)
-    return handle.type, bytes(handle.data[: handle.size])
+    size, kind = struct.unpack_from("<Ii", buf)
+    return kind, buf.raw[8 : 8 + size]
 
 
 def open_by_handle(mount_fd: int, kind: int, data: bytes) -> int:
@@ -173,6 +178,17 @@ def clone(dst: int, src: int) -> bool:
             return False
         raise
     return True
+
+
+def copy_small(src: int, dst: int, size: int) -> None:
+    """copy_data for a few pages without holes: reading and writing costs a fifth of what cloning or asking for holes
+    does."""
+    pos = 0
+    while pos < size:
+        data = os.pread(src, size - pos, pos)
+        if not data:
+            raise OSError(errno.EIO, "file shrank while it was copied")
+        pos += os.pwrite(dst, data, pos)
 
 
 def copy_data(src: int, dst: int, size: int) -> None:

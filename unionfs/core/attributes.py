@@ -70,6 +70,9 @@ class Attributes(Data):
     def getxattr(self, nodeid: int, name: bytes) -> bytes:
         node = self._node(nodeid)
         disk = self._disk_name(name)
+        f = self.files.get(nodeid)
+        if f is not None and (node.more is None or node.more.data is None):
+            return os.getxattr(f.n, disk)  # before each first write the kernel asks for security.capability
         at, path, follow = self._at(node)
         value = os.getxattr(path, disk, follow_symlinks=follow)
         del at

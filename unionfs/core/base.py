@@ -68,8 +68,6 @@ class Base:
         self.file_limit = min(512, driver.fds.limit)  # kept open; more costs memory and saves little
         self.tree_lock = threading.RLock()
         self.bottom = len(driver.layers) - 1
-        self.merged: dict[Dir, int] = {}  # directories whose names are remembered, oldest first
-        self.merged_names = 0
         self.copying: dict[Node, threading.Event] = {}
         self.nowait = True  # reads may ask for cached bytes only
         self.copied_up = 0  # bytes
@@ -137,6 +135,16 @@ class Base:
         if base and ino >> 56:
             ino = (ino ^ ino >> 56 << 24) & ((1 << 56) - 1)
         return base + ino
+
+    # --- open files ---
+
+    def _keep_file(self, node: Node, f: OpenFile) -> None:
+        """Remember the node's descriptor. To make room the first opened go (a thread that is using one holds it)."""
+        files = self.files
+        if len(files) >= self.file_limit:
+            for nodeid in list(files)[: self.file_limit // 8]:
+                files.pop(nodeid, None)
+        files[node.id] = f
 
     # --- where a node is on disk ---
 

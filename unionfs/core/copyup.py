@@ -14,12 +14,13 @@ import threading
 from stat import S_ISLNK, S_ISREG
 
 from unionfs import sysio
-from unionfs.core.base import fail
+from unionfs.core.base import OpenFile, fail
 from unionfs.core.layers import Fd, Layer, LDir, fd_path
 from unionfs.core.nodes import Dir, Node
 from unionfs.core.placement import Placement
 
 INLINE_COPY = 256 << 10  # bytes that the fast lane copies itself
+SMALL_COPY = 64 << 10  # below it sharing extents gains nothing
 METACOPY_MIN = 64 << 10  # below it a metadata change copies the data too: that costs less than following it later
 
 
@@ -59,9 +60,9 @@ class CopyUp(Placement):
         os.mkdir(tmp, 0o700, dir_fd=work.open().n)
         try:
             copy = Fd(os.open(tmp, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work.open().n))
-            self._copy_xattrs(fd_path(fd), fd_path(copy), True, True)
+            self._copy_xattrs(fd.n, copy.n, True, True)
             self._copy_owner(copy.n, st)
-            self.driver.mark_copy(fd_path(copy), source, b"", d.ino, True)
+            self.driver.mark_copy(copy.n, source, b"", d.ino, True)
             os.utime(copy.n, ns=(st.st_atime_ns, st.st_mtime_ns))
             with self._times_kept(into):
                 self.driver.publish(work, tmp, into, d.name, True)
@@ -196,7 +197,7 @@ class CopyUp(Placement):
         source = node.ldir
         tmp = self._tmp_name()
         try:
-            copied = self._build_copy(node, st, work, tmp, data, length)
+            copied, made = self._build_copy(node, st, work, tmp, data, length)
             if unlinked:
                 node.extra().pin = Fd(os.open(tmp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work.open().n))
                 os.unlink(tmp, dir_fd=work.open().n)
@@ -217,21 +218,31 @@ class CopyUp(Placement):
             node.ldir = into
             assert node.parent is not None
             self._name_added(node.parent, node.name, into, False, new=False)
-        self._replace_file(node, data)
+        if data:
+            self._replace_file(node, made)
         self.copied_files += 1
         self.copied_up += copied
 
-    def _build_copy(self, node: Node, st: os.stat_result, work: LDir, tmp: bytes, data: bool, length: int) -> int:
-        """work/tmp becomes a complete copy of the node's inode; returns the bytes copied."""
+    def _build_copy(
+        self, node: Node, st: os.stat_result, work: LDir, tmp: bytes, data: bool, length: int
+    ) -> tuple[int, OpenFile | None]:
+        """work/tmp becomes a complete copy of the node's inode; returns the bytes copied, and the copy of a file."""
         at, path, follow = self._at(node)
+        source: bytes | int = path
         wfd = work.open()
-        out: Fd | None = None
+        out: OpenFile | None = None
         copied = 0
         if S_ISREG(st.st_mode):
-            out = Fd(os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=wfd.n))
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            out = OpenFile(os.open(tmp, flags, 0o600, dir_fd=wfd.n), True)
             if data:
                 src = self._open_source(node)
-                sysio.copy_data(src.n, out.n, length)
+                if length <= SMALL_COPY and st.st_blocks * 512 >= st.st_size:
+                    sysio.copy_small(src.n, out.n, length)
+                else:
+                    sysio.copy_data(src.n, out.n, length)
+                if node.more is None or node.more.data is None:
+                    source = src.n  # not the path: going through /proc costs more than the call
                 copied = length
                 if length < st.st_size:
                     os.ftruncate(out.n, length)
@@ -243,8 +254,9 @@ class CopyUp(Placement):
             os.symlink(os.readlink(path), tmp, dir_fd=wfd.n)
         else:
             os.mknod(tmp, st.st_mode & 0o170000 | 0o600, st.st_rdev, dir_fd=wfd.n)
-        target, tfollow = (fd_path(out), True) if out is not None else (fd_path(wfd, tmp), False)
-        self._copy_xattrs(path, target, follow, tfollow)
+        target: bytes | int = out.n if out is not None else fd_path(wfd, tmp)
+        tfollow = out is not None
+        self._copy_xattrs(source, target, follow or source is not path, tfollow)
         if out is not None:
             self._copy_owner(out.n, st)
         else:
@@ -256,9 +268,13 @@ class CopyUp(Placement):
             if not data:
                 assert node.parent is not None
                 self.driver.mark_metacopy(target, self._path_below(node.parent) + b"/" + node.name, tfollow)
-        sysio.set_times(wfd.n, tmp, st.st_atime_ns, st.st_mtime_ns)
+        times = (st.st_atime_ns, st.st_mtime_ns)
+        if out is not None:
+            os.utime(out.n, ns=times)
+        else:
+            os.utime(tmp, ns=times, dir_fd=wfd.n, follow_symlinks=False)
         del at
-        return copied
+        return copied, out
 
     def _publish_copy(self, node: Node, st: os.stat_result, work: LDir, tmp: bytes, into: LDir) -> None:
         """Put work/tmp in place of the lower file: by its name, and for hard links through the index."""
@@ -301,7 +317,7 @@ class CopyUp(Placement):
         self.driver.clear_metacopy(fd.n)
         assert node.more is not None
         node.more.data = None
-        self._replace_file(node, True)
+        self._replace_file(node, None)
         self.copied_up += length
 
     def _ensure_alias(self, p: Dir, name: bytes, node: Node, layer: Layer) -> LDir:
@@ -375,10 +391,12 @@ class CopyUp(Placement):
         except PermissionError:
             return os.open(name, flags, dir_fd=fd.n)
 
-    def _replace_file(self, node: Node, data: bool) -> None:
-        """After a copy-up: descriptors of the old place go, so the next use sees the new one."""
-        if data:
-            self.files.pop(node.id, None)
+    def _replace_file(self, node: Node, made: OpenFile | None) -> None:
+        """After a copy-up of data: the descriptor of the old place goes; the one that wrote the copy, if given, serves
+        what comes next (most often the write that asked for it)."""
+        self.files.pop(node.id, None)
+        if made is not None:
+            self._keep_file(node, made)
 
     def _copy_owner(self, fd: int, st: os.stat_result) -> None:
         if st.st_uid != self.fsuid or st.st_gid != self.fsgid:
@@ -390,7 +408,7 @@ class CopyUp(Placement):
                 # an ordinary user's copy belongs to that user, as with cp
         os.fchmod(fd, st.st_mode & 0o7777)
 
-    def _copy_xattrs(self, src: bytes, dst: bytes, follow: bool, dst_follow: bool) -> None:
+    def _copy_xattrs(self, src: bytes | int, dst: bytes | int, follow: bool, dst_follow: bool) -> None:
         try:
             names = os.listxattr(src, follow_symlinks=follow)
         except OSError as e:

@@ -11,7 +11,7 @@ import os
 from stat import S_IFBLK, S_IFCHR, S_IFDIR, S_IFMT, S_IFREG, S_ISGID
 
 from unionfs.api import Entry
-from unionfs.core.base import fail
+from unionfs.core.base import OpenFile, fail
 from unionfs.core.copyup import CopyUp
 from unionfs.core.layers import Fd, Layer, LDir
 from unionfs.core.nodes import Dir, Node
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ACL_DEFAULT = "system.posix_acl_default"
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Create(CopyUp):
@@ -35,8 +36,12 @@ class Create(CopyUp):
                 return self._nested_whiteout(p, name, uid, gid)
         bits = self._masked(p, mode & 0o7777, umask)
 
-        def make(fd: int, at: bytes) -> None:
-            os.mknod(at, kind | self.idmap.disk_mode(kind, bits), device, dir_fd=fd)
+        def make(fd: int, at: bytes) -> OpenFile | None:
+            mode = self.idmap.disk_mode(kind, bits)
+            if kind == S_IFREG:  # what is made is written next: open at once
+                return OpenFile(os.open(at, _CREATE, mode, dir_fd=fd), True)
+            os.mknod(at, kind | mode, device, dir_fd=fd)
+            return None
 
         return self._new(p, name, make, kind, bits, device, uid, gid)
 
@@ -68,7 +73,7 @@ class Create(CopyUp):
         self,
         p: Dir,
         name: bytes,
-        make: Callable[[int, bytes], None],
+        make: Callable[[int, bytes], OpenFile | None],
         kind: int,
         bits: int,
         rdev: int,
@@ -80,11 +85,11 @@ class Create(CopyUp):
         ldir = self.ensure_dir(p, layer)
         fd = ldir.open()
         try:
-            make(fd.n, name)
+            opened = make(fd.n, name)
         except FileExistsError:
             if not self.driver.is_whiteout(ldir, name):
                 raise
-            self._new_over_whiteout(p, name, make, kind, bits, rdev, uid, gid, layer, ldir)
+            opened = self._new_over_whiteout(p, name, make, kind, bits, rdev, uid, gid, layer, ldir)
         else:
             try:
                 if kind == S_IFDIR and self.driver.beside_whiteout(ldir, name):
@@ -94,7 +99,7 @@ class Create(CopyUp):
                 (os.rmdir if kind == S_IFDIR else os.unlink)(name, dir_fd=fd.n)
                 raise
             self._drop_whiteout(p, name, ldir)
-        return self._born(p, name, ldir, kind)
+        return self._born(p, name, ldir, kind, opened)
 
     def _drop_whiteout(self, p: Dir, name: bytes, ldir: LDir) -> None:
         """An entry has appeared beside a whiteout of its name (`.wh.` files): that one hides nothing any more."""
@@ -103,9 +108,9 @@ class Create(CopyUp):
             self.driver.drop_whiteout_beside(ldir, name)
 
     def _new_over_whiteout(
-        self, p: Dir, name: bytes, make: Callable[[int, bytes], None], kind: int, bits: int, rdev: int,
+        self, p: Dir, name: bytes, make: Callable[[int, bytes], OpenFile | None], kind: int, bits: int, rdev: int,
         uid: int, gid: int, layer: Layer, ldir: LDir,
-    ) -> None:  # fmt: skip
+    ) -> OpenFile | None:  # fmt: skip
         work = self._work(layer)
         tmp = self._tmp_name()
         scratch: LDir | None = None
@@ -118,11 +123,12 @@ class Create(CopyUp):
         home = scratch or work
         try:
             fd = home.open()
-            make(fd.n, tmp)
+            opened = make(fd.n, tmp)
             self._own(p, fd, tmp, kind, bits, rdev, uid, gid, in_place=False)
             if kind == S_IFDIR:
                 self.driver.set_opaque(home, tmp)
             self.driver.publish(home, tmp, ldir, name, kind == S_IFDIR)
+            return opened
         except BaseException:
             self._discard(home, tmp, kind == S_IFDIR)
             raise
@@ -145,17 +151,22 @@ class Create(CopyUp):
         elif kind == S_IFDIR and bits & 0o7000 and not (in_place and inherited >= 0 and not bits & 0o5000):
             os.chmod(name, bits, dir_fd=fd.n)  # mkdir(2) makes neither set-id nor, everywhere, sticky bits
 
-    def _born(self, p: Dir, name: bytes, ldir: LDir, kind: int) -> Entry:
-        st = os.stat(name, dir_fd=ldir.open().n, follow_symlinks=False)
+    def _born(self, p: Dir, name: bytes, ldir: LDir, kind: int, opened: OpenFile | None) -> Entry:
+        at = ldir.open()
+        st = os.fstat(opened.n) if opened is not None else os.stat(name, dir_fd=at.n, follow_symlinks=False)
         node: Node
         if kind == S_IFDIR:
             made = ldir.child(name)
             made.impure = False
-            node = Dir(p, name, [made], self.ino_of(st))
+            node = d = Dir(p, name, [made], self.ino_of(st))
+            d.names, d.stacks, d.complete, d.subdirs = {}, {}, True, 0  # it is empty: no name needs to be asked for
+            self._remember(d, 0)
         else:
             node = Node(p, name, ldir, self.ino_of(st), kind)
         p.children[name] = node
         self.table.add(node)
+        if opened is not None:
+            self._keep_file(node, opened)
         self._name_added(p, name, ldir, kind == S_IFDIR)
         return self._entry(node, st)
 

@@ -99,9 +99,7 @@ class Data(Rename):
             f = self._open_upper(node, write)
         else:
             f = OpenFile(self._open_quiet(node.name, node.ldir), False)
-        if len(self.files) >= self.file_limit:
-            self._close_some()
-        self.files[node.id] = f
+        self._keep_file(node, f)
         return f
 
     def _open_upper(self, node: Node, write: bool) -> OpenFile:
@@ -127,11 +125,6 @@ class Data(Rename):
             finally:
                 os.chmod(path, st.st_mode & 0o7777)
                 del at
-
-    def _close_some(self) -> None:
-        """Make room: the first opened go (a thread that is using one holds it)."""
-        for nodeid in list(self.files)[: self.file_limit // 8]:
-            self.files.pop(nodeid, None)
 
     # --- syncing ---
 

@@ -160,13 +160,13 @@ class Driver:
         """Remove whiteouts and markers from a directory that shows no entries, so that rmdir or rename can work."""
         raise NotImplementedError
 
-    def mark_copy(self, path: bytes, source: LDir, name: bytes, ino: int, follow: bool) -> None:
+    def mark_copy(self, path: bytes | int, source: LDir, name: bytes, ino: int, follow: bool) -> None:
         """Note on a copy (not yet published) where it came from."""
 
     def mark_impure(self, ldir: LDir) -> None:
         """ldir is about to get an entry that file_marks has something to say of."""
 
-    def mark_metacopy(self, path: bytes, redirect: bytes, follow: bool) -> None:
+    def mark_metacopy(self, path: bytes | int, redirect: bytes, follow: bool) -> None:
         raise NotImplementedError
 
     def clear_metacopy(self, fd: int) -> None:

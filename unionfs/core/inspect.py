@@ -169,8 +169,8 @@ class Inspect(Attributes):
             "nodes": self.table.count,
             "open_files": len(self.files),
             "open_directories": len(self.driver.fds),
-            "merged_directories": len(self.merged),
-            "merged_names": self.merged_names,
+            "merged_directories": len(self.table.merged),
+            "merged_names": self.table.merged_names,
             "copied_up_files": self.copied_files,
             "copied_up_bytes": self.copied_up,
         }

@@ -146,6 +146,8 @@ class Listing(Lookup):
             p.subdirs += 1
         if p.order is not None and new:
             self._insert(p.order, name)
+        if p.complete and p.names is not None and not len(p.names) & 1023:
+            self._remember(p, len(p.names))
 
     def _name_removed(self, p: Dir, name: bytes, whiteout: bool, is_dir: bool) -> None:
         p.children.pop(name, None)

@@ -44,7 +44,7 @@ class Lookup(Base):
     def _find(self, p: Dir, name: bytes) -> tuple[LDir, os.stat_result] | None:
         """The topmost layer directory of p that has name, and its attributes there."""
         ldirs = p.ldirs
-        if len(ldirs) == 1:
+        if len(ldirs) == 1 and not p.complete:
             ldir = ldirs[0]
         else:
             if len(name) > 255:
@@ -92,13 +92,14 @@ class Lookup(Base):
 
     def _remember(self, p: Dir, count: int) -> None:
         """Bound the names that are remembered: the directories merged longest ago are merged again when needed."""
-        kept = self.merged
+        table = self.table
+        kept = table.merged
         old = kept.pop(p, 0)
         kept[p] = count
-        self.merged_names += count - old
-        while self.merged_names > NAMES_LIMIT and len(kept) > 1:
+        table.merged_names += count - old
+        while table.merged_names > NAMES_LIMIT and len(kept) > 1:
             victim = next(iter(kept))
-            self.merged_names -= kept.pop(victim)
+            table.merged_names -= kept.pop(victim)
             victim.names = victim.stacks = victim.order = None
             victim.complete = False
 

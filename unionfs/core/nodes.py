@@ -112,6 +112,8 @@ class NodeTable:
         self.free: list[int] = []
         self.links: dict[tuple[int, int], Node] = {}
         self.count = 1
+        self.merged: dict[Dir, int] = {}  # directories whose names are remembered, oldest first: how many
+        self.merged_names = 0
         root.id = ROOT_ID
         root.nlookup = 1
 
@@ -130,6 +132,8 @@ class NodeTable:
 
     def drop(self, node: Node) -> None:
         """Forget the node and, where nothing else needs them, its parents."""
+        if isinstance(node, Dir):
+            self.merged_names -= self.merged.pop(node, 0)
         more = node.more
         if more is not None:
             if more.key is not None and self.links.get(more.key) is node:

@@ -138,5 +138,5 @@ class Removal(Create):
     def _dir_gone(self, node: Dir) -> None:
         node.removed = True
         node.order = node.names = node.stacks = None
-        if self.merged.pop(node, None):
-            self.merged_names = sum(self.merged.values())
+        node.complete = False
+        self.table.merged_names -= self.table.merged.pop(node, 0)

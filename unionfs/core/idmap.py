@@ -133,28 +133,45 @@ class IdMap:
         if self.squash:
             return  # all files belong to one owner: the change would not show
         disk_uid, disk_gid = self.owner(uid, gid)
-        if self.xattr is not None:
-            st = os.stat(path, follow_symlinks=follow)
-            old = self._read(path, follow) or (st.st_uid, st.st_gid, st.st_mode & 0o7777, 0, 0)
-            self._write(
-                path, follow,
-                old[0] if disk_uid < 0 else disk_uid, old[1] if disk_gid < 0 else disk_gid,
-                old[2] & 0o1777 if S_IFMT(st.st_mode) == S_IFREG else old[2], old[3] or S_IFMT(st.st_mode), old[4],
-            )  # fmt: skip
+        stored = self._stored(path, follow)
+        if stored is None:
+            os.chown(path, disk_uid, disk_gid, follow_symlinks=follow)
             return
-        os.chown(path, disk_uid, disk_gid, follow_symlinks=follow)
+        old_uid, old_gid, bits, kind, rdev = stored
+        self._write(
+            path, follow,
+            old_uid if disk_uid < 0 else disk_uid, old_gid if disk_gid < 0 else disk_gid,
+            bits & 0o1777 if kind == S_IFREG else bits, kind, rdev,
+        )  # fmt: skip
 
     def chmod(self, path: bytes, bits: int, follow: bool) -> None:
-        if self.xattr is not None:
-            st = os.stat(path, follow_symlinks=follow)
-            old = self._read(path, follow) or (st.st_uid, st.st_gid, 0, 0, 0)
-            self._write(path, follow, old[0], old[1], bits, old[3] or S_IFMT(st.st_mode), old[4])
+        stored = self._stored(path, follow)
+        if stored is None:
+            os.chmod(path, bits)
             return
-        os.chmod(path, bits)
+        uid, gid, _, kind, rdev = stored
+        self._write(path, follow, uid, gid, bits, kind, rdev)
+
+    def _stored(self, path: bytes, follow: bool) -> tuple[int, int, int, int, int] | None:
+        """What the xattr says or is to say of an inode that keeps it there; None for one that does not."""
+        if self.xattr is None:
+            return None
+        st = os.stat(path, follow_symlinks=follow)
+        kind = S_IFMT(st.st_mode)
+        if not self._storable(kind):
+            return None
+        uid, gid, bits, stored_kind, rdev = self._read(path, follow) or (
+            st.st_uid, st.st_gid, st.st_mode & 0o7777, kind, 0,
+        )  # fmt: skip
+        return uid, gid, bits, stored_kind or kind, rdev
+
+    def _storable(self, kind: int) -> bool:
+        """An inode of this kind can hold the xattr: only files and directories have user.* ones."""
+        return self.xattr is not None and (kind in (S_IFREG, S_IFDIR) or not self.xattr.startswith("user."))
 
     def disk_mode(self, kind: int, bits: int) -> int:
         """The mode to make a new inode with: ours must be able to work with it where the real one is in the xattr."""
-        if self.xattr is None:
+        if not self._storable(kind):
             return bits
         return 0o755 if kind == S_IFDIR else 0o644 | bits & 0o111
 
@@ -168,9 +185,10 @@ class IdMap:
         disk_uid, disk_gid = self.owner(uid, gid)
         if group >= 0:
             disk_gid = group
-        if self.xattr is not None:
-            if kind != S_IFLNK:
-                self._write(path, follow, disk_uid, disk_gid, bits, kind, rdev)
+        if self.xattr is not None and kind == S_IFLNK:
+            return True
+        if self._storable(kind):
+            self._write(path, follow, disk_uid, disk_gid, bits, kind, rdev)
             return True
         os.chown(path, disk_uid, disk_gid, follow_symlinks=follow)
         if kind != S_IFLNK and bits & 0o7000:

@@ -126,6 +126,7 @@ minimal_debian() {
     tar -C "$dir" -xf "$tar"
     cp -L /etc/resolv.conf "$dir/etc/resolv.conf"
     cp /etc/hosts "$dir/etc/hosts"
+    ln -sf ../proc/self/mounts "$dir/etc/mtab" # a boot makes it, debootstrap doesn't; fusermount3 reads it
 }
 
 # in_tree DIR COMMAND...: runs it with DIR as the root. pivot_root, not chroot: a process in a chroot may not make user

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wire_loopback import mount, unmount
 
 LOOPBACK = Path(__file__).with_name("wire_loopback.py")
 MODES = ["noopen", "noopen writeback", "cached", "cached writeback", "passthrough"]
@@ -59,12 +60,16 @@ class Mounted:
         self.process.stdout.close()
 
 
-@pytest.fixture
-def mounted() -> Iterator[Callable[[str], Mounted]]:
+@pytest.fixture(autouse=True)
+def can_mount() -> None:
     if not os.path.exists("/dev/fuse"):
         pytest.skip("no /dev/fuse")
     if os.geteuid():
         pytest.skip("mounting without fusermount3 needs root")
+
+
+@pytest.fixture
+def mounted() -> Iterator[Callable[[str], Mounted]]:
     base = Path(tempfile.mkdtemp(prefix="unionfs-wire-"))
     made: list[Mounted] = []
 
@@ -307,3 +312,59 @@ def test_lazy_unmount_while_open(mounted: Callable[[str], Mounted]) -> None:
         file.write(" on")
     assert mount.process.wait(60) == 0
     assert (mount.lower / "f").read_text() == "written on"
+
+
+ADOPT = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from wire_loopback import Loopback
+from unionfs.session.channel import resend
+from unionfs.session.direct import DirectSession
+from unionfs.wire.handshake import Negotiated
+fd, lower, terms = int(sys.argv[2]), os.fsencode(sys.argv[3]), bytes.fromhex(sys.argv[4])
+session = DirectSession(fd, Loopback(lower), negotiated=Negotiated.from_bytes(terms) if terms else None)
+def ready():
+    if terms:
+        os.write(fd, resend())
+    print(session.terms.to_bytes().hex(), flush=True)
+session.serve(ready)
+"""
+
+
+def test_connection_is_adopted(tmp_path: Path) -> None:
+    """A server killed with SIGKILL is followed by another on the same device: INIT is not asked for again, and a
+    request that the first one had taken is answered by the second. (What nodes it knew, the core has to keep.)"""
+    lower, path = tmp_path / "lower", tmp_path / "mnt"
+    lower.mkdir()
+    path.mkdir()
+    device = os.open("/dev/fuse", os.O_RDWR)
+    mount(device, os.fsencode(path))
+    servers: list[subprocess.Popen[str]] = []
+
+    def serve(terms: str) -> str:
+        argv = [sys.executable, "-c", ADOPT, str(LOOPBACK.parent), str(device), str(lower), terms]
+        servers.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, pass_fds=[device]))
+        output = servers[-1].stdout
+        assert output is not None
+        return output.readline().strip()
+
+    reader: subprocess.Popen[str] | None = None
+    try:
+        terms = serve("")
+        assert not os.path.exists(path / "none")
+        servers[0].send_signal(signal.SIGSTOP)
+        reader = subprocess.Popen(["cat", path / "new"], stdout=subprocess.PIPE, text=True)
+        wait_until(lambda: "fuse" in Path(f"/proc/{reader.pid}/stack").read_text())
+        servers[0].kill()
+        servers[0].wait(60)
+        (lower / "new").write_text("content")
+        assert serve(terms) == terms
+        assert reader.communicate(timeout=60)[0] == "content"
+    finally:
+        unmount(os.fsencode(path), lazy=True)
+        os.close(device)
+        for process in [*servers, *([reader] if reader else [])]:
+            process.kill()
+            process.wait(60)
+            assert process.stdout is not None
+            process.stdout.close()

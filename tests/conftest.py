@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from support import limits
 from support.mounts import Maker, Union
-from support.procs import USER
-from support.sys import mount, umount
+from support.procs import USER, child, errno_of
+from support.sys import ACL_ACCESS, mount, umount
 from support.targets import ORACLES, Target
 
 DATA_MODES = ("noopen", "cached", "passthrough")
@@ -82,7 +82,10 @@ def workspace() -> Iterator[Path]:
 
 
 @pytest.fixture
-def make_union(request: pytest.FixtureRequest, target: Target, workspace: Path) -> Iterator[Maker]:
+def make_union(
+    request: pytest.FixtureRequest, target: Target, workspace: Path, disk: Callable[..., Path]
+) -> Iterator[Maker]:
+    """Makes unions and checks them after the test, before the disks of that test go."""
     old_umask = os.umask(0o022)
     base = Path(tempfile.mkdtemp(dir=workspace))
     base.chmod(0o755)
@@ -137,12 +140,19 @@ def ordinary_user() -> Iterator[int]:
         uid = pwd.getpwnam("unionfs-test").pw_uid
     # The interpreter and the checkout may lie below a closed directory, like /root: lend the user a way through.
     needed = [Path(path) for path in (sys.prefix, sys.base_prefix, os.path.realpath(sys.executable), __file__)]
-    closed = {above for path in needed for above in path.parents if not above.stat().st_mode & 0o001}
-    for path in closed:
-        subprocess.run(["setfacl", "-m", f"u:{uid}:x,u:{USER}:x", path], check=True)
+    lent: list[tuple[Path, bytes | None, int]] = []
+    for path in {above for path in needed for above in path.parents if not above.stat().st_mode & 0o001}:
+        if any(errno_of(child, os.stat, path / ".", uid=user) for user in (uid, USER)):
+            acl = os.getxattr(path, ACL_ACCESS) if ACL_ACCESS in os.listxattr(path) else None
+            lent.append((path, acl, path.stat().st_mode & 0o7777))
+            subprocess.run(["setfacl", "-m", f"u:{uid}:x,u:{USER}:x", path], check=True)
     yield uid
-    for path in closed:
-        subprocess.run(["setfacl", "-x", f"u:{uid},u:{USER}", path], check=True)
+    for path, acl, mode in lent:
+        if acl is None:
+            os.removexattr(path, ACL_ACCESS)
+            path.chmod(mode)
+        else:
+            os.setxattr(path, ACL_ACCESS, acl)
 
 
 _skipped: dict[str, set[str]] = {}

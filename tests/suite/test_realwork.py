@@ -15,7 +15,6 @@ from support.mounts import Maker
 from support.procs import storm
 from support.trees import F, same_tree
 
-pytestmark = pytest.mark.every_data_mode
 GIT = [
     "git",
     "-c",
@@ -37,6 +36,7 @@ def run(*argv: object, cwd: Path | None = None, env: dict[str, str] | None = Non
     return done.stdout
 
 
+@pytest.mark.every_data_mode
 def test_git(make_union: Maker) -> None:
     """A repository in the lower is cloned, branched, merged, packed and checked; the lower one is committed to."""
     u = make_union([{}], mount=False, compare=False)
@@ -103,6 +103,7 @@ def test_pip_and_venv(make_union: Maker) -> None:
     assert not list((u / "venv").rglob("site-packages/pip*"))
 
 
+@pytest.mark.every_data_mode
 def test_gcc(make_union: Maker) -> None:
     """A program of thirty units and a library, built by make with two jobs from a lower, then incrementally."""
     units = 30
@@ -132,6 +133,7 @@ def test_gcc(make_union: Maker) -> None:
     assert sorted(os.listdir(u / "src")) == sorted(name.removeprefix("src/") for name in tree)
 
 
+@pytest.mark.every_data_mode
 def test_sqlite(make_union: Maker) -> None:
     """WAL mode: a database that lies in the lower is written by four processes at once; integrity_check is ok."""
     u = make_union([{}], mount=False, compare=False)

@@ -141,8 +141,9 @@ def ordinary_user() -> Iterator[int]:
     # The interpreter and the checkout may lie below a closed directory, like /root: lend the user a way through.
     needed = [Path(path) for path in (sys.prefix, sys.base_prefix, os.path.realpath(sys.executable), __file__)]
     lent: list[tuple[Path, bytes | None, int]] = []
-    for path in {above for path in needed for above in path.parents if not above.stat().st_mode & 0o001}:
-        if any(errno_of(child, os.stat, path / ".", uid=user) for user in (uid, USER)):
+    parents = {above for path in needed for above in path.parents}
+    for path in sorted(parents, key=lambda above: len(above.parts)):
+        if any(errno_of(child, os.stat, f"{path}/.", uid=user) for user in (uid, USER)):
             acl = os.getxattr(path, ACL_ACCESS) if ACL_ACCESS in os.listxattr(path) else None
             lent.append((path, acl, path.stat().st_mode & 0o7777))
             subprocess.run(["setfacl", "-m", f"u:{uid}:x,u:{USER}:x", path], check=True)

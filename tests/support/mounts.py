@@ -209,10 +209,10 @@ class Union:
             self._watchdog.cancel()
         wait_for(lambda: not is_mounted(self.merged) or _detach(self.merged), "the dead mount to go")
 
-    def drop_caches(self) -> None:
+    def drop_caches(self, what: str = "2") -> None:
         """Makes the kernel forget dentries and inodes, so that the next look asks the server again."""
         with open("/proc/sys/vm/drop_caches", "w") as control:
-            control.write("2")
+            control.write(what)
 
     def server_fds(self) -> int:
         assert self.process is not None

@@ -144,7 +144,7 @@ class Difference(Exception):
         self.fact = fact
         self.expected = expected
         self.got = got
-        self.sort = f"{kind} {operations[index][0]} {fact.split()[0].lstrip('./') if ' ' in fact else fact[:2]} {got!s:.20}"
+        self.sort = f"{kind} {operations[index][0]} {fact.split()[0] if ' ' in fact else fact[:2]} {got!s:.20}"
         super().__init__(kind)
 
     def __str__(self) -> str:

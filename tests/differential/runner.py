@@ -130,7 +130,7 @@ def shrink(sequence: Sequence, fails: Callable[[Sequence], bool]) -> Sequence:
     hypothesis, which shrinks the rest, has lost hold of the sequence."""
     layers, operations = sequence
     index = 0
-    while index < len(operations):
+    while operations[index][0] != "tree":
         fewer = operations[:index] + operations[index + 1 :]
         if fails((layers, fewer)):
             operations = fewer

@@ -53,13 +53,14 @@ class Batch:
         for directory, (layers, operations), finals in self.done:
             records = ask_all(self.workers, (directory, [("tree", 0)]))
             for worker, final, record in zip(self.workers, finals, records, strict=True):
-                kind = "kernel" if verb == "interchange" else worker.filesystem.kind
+                crossed = verb == "interchange" or any(operation[0] == "interchange" for operation in operations)
+                kind = "kernel" if crossed else worker.filesystem.kind
                 try:
                     compare(kind, [("tree", 0)], [final], record, used)
                 except Difference as difference:
-                    difference.operations = [*operations, (verb, 0)]
-                    difference.index = len(operations)
                     difference.layers = layers
+                    difference.operations = operations
+                    difference.when = f"at the end, after {verb}"
                     raise
 
     def stop(self) -> None:

@@ -25,8 +25,8 @@ class Case:
 
     def __init__(self, kind: str, history: list[Operation], fact: str, expected: Any, got: Any) -> None:
         # After an interchange both implementations have had their hands in it.
-        crossed = any(operation[0] == "interchange" for operation in history)
-        self.kinds = {kind, "kernel", "unionfs"} if crossed else {kind}
+        self.crossed = any(operation[0] == "interchange" for operation in history)
+        self.kinds = {kind, "kernel", "unionfs"} if self.crossed else {kind}
         self.operation = history[-1]
         self.verb = self.operation[0]
         self.args = self.operation[2:]
@@ -112,19 +112,26 @@ DESIGNED = [
     Rule(ALL, "a character device 0:0 is a whiteout: it can't be made", lambda case: whiteout_node(case)),
     Rule(
         OURS, "names that begin with .wh. are whiteouts of the other spelling: they can't be made",
-        lambda case: case.got_error("EPERM") and any(isinstance(a, str) and a.startswith("./.wh.") for a in case.args),
+        lambda case: (case.got_error("EPERM") and any(isinstance(a, str) and a.startswith("./.wh.") for a in case.args))
+        or (case.crossed and any("./.wh." in str(op) for op in case.history)),
     ),
     Rule(
         FUSE, "the kernel's FUSE client passes no other fallocate mode than keep-size, punch and zero",
         lambda case: case.verb == "fallocate" and case.args[1] & ~0x13 != 0 and case.got_error("ENOTSUP"),
     ),
     Rule(
-        ALL, "trusted.overlay.* and user.overlay.* are the union's own",
-        lambda case: any(isinstance(arg, str) and ".overlay." in arg for arg in case.args),
+        ALL, "trusted.overlay.* and user.overlay.* are the union's own, and are escaped",
+        lambda case: any(isinstance(arg, str) and ".overlay." in arg for arg in case.args)
+        or (case.crossed and case.fact.startswith("tree") and any(".overlay." in str(op) for op in case.history)),
     ),
     Rule(
-        ALL, "RENAME_WHITEOUT makes what a union can't show",
-        lambda case: case.verb == "rename" and bool(case.args[2] & 4),
+        ALL, "RENAME_WHITEOUT makes what a union can't show, or shows in its own way",
+        lambda case: (case.verb == "rename" and bool(case.args[2] & 4))
+        or (case.crossed and any(op[0] == "rename" and op[4] & 4 for op in case.history)),
+    ),
+    Rule(
+        OURS, "chown that changes neither owner nor group keeps set-id bits: the kernel tells FUSE nothing",
+        lambda case: case.verb in ("chown", "fchown") and case.args[1:] == (-1, -1),
     ),
 ]
 

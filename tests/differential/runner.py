@@ -53,10 +53,11 @@ class Batch:
         for directory, (layers, operations), finals in self.done:
             records = ask_all(self.workers, (directory, [("tree", 0)]))
             for worker, final, record in zip(self.workers, finals, records, strict=True):
-                crossed = verb == "interchange" or any(operation[0] == "interchange" for operation in operations)
-                kind = "kernel" if crossed else worker.filesystem.kind
+                kind = worker.filesystem.kind
+                history = [*operations[:-1], (verb, 0), operations[-1]]
+                nothing: list[Facts] = [{}] * len(operations)
                 try:
-                    compare(kind, [("tree", 0)], [final], record, used)
+                    compare(kind, history, [*nothing, final], [*nothing, *record], used)
                 except Difference as difference:
                     difference.layers = layers
                     difference.operations = operations

@@ -147,9 +147,14 @@ class Create(CopyUp):
         if uid != self.fsuid or group != self.fsgid:
             os.chown(name, uid, group, dir_fd=fd.n, follow_symlinks=False)
             if bits & 0o6000 and kind != 0o120000:
-                os.chmod(name, bits, dir_fd=fd.n)  # chown took the set-id bits
+                self._chmod_new(p, fd, name, bits)  # chown took the set-id bits
         elif kind == S_IFDIR and bits & 0o7000 and not (in_place and inherited >= 0 and not bits & 0o5000):
-            os.chmod(name, bits, dir_fd=fd.n)  # mkdir(2) makes neither set-id nor, everywhere, sticky bits
+            self._chmod_new(p, fd, name, bits)  # mkdir(2) makes neither set-id nor, everywhere, sticky bits
+
+    def _chmod_new(self, p: Dir, fd: Fd, name: bytes, bits: int) -> None:
+        if self._inherit(p)[1]:  # the other bits are what the default ACL made of them
+            bits = bits & 0o7000 | os.stat(name, dir_fd=fd.n, follow_symlinks=False).st_mode & 0o777
+        os.chmod(name, bits, dir_fd=fd.n)
 
     def _born(self, p: Dir, name: bytes, ldir: LDir, kind: int, opened: OpenFile | None) -> Entry:
         at = ldir.open()

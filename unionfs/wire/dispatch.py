@@ -187,9 +187,10 @@ class Dispatcher:
             changes.atime_ns = NOW if valid & abi.FATTR_ATIME_NOW else _nanoseconds(atime, atime_ns)
         if valid & abi.FATTR_MTIME:
             changes.mtime_ns = NOW if valid & abi.FATTR_MTIME_NOW else _nanoseconds(mtime, mtime_ns)
-        if not valid & ~_NO_CHANGE and self.passthrough and abi.CALLER.unpack_from(self.request, 24)[0]:
-            # An empty SETATTR precedes a write that drops privileges. The WRITE says so again, but a passed-through one
-            # is never sent. For root it means that security.capability went (by REMOVEXATTR), not that setuid goes.
+        if not valid & ~_NO_CHANGE and abi.CALLER.unpack_from(self.request, 24)[0]:
+            # An empty SETATTR precedes what drops privileges. A WRITE says so again, but COPY_FILE_RANGE and FALLOCATE
+            # don't, and a passed-through write is never sent. For root it means that security.capability went (by
+            # REMOVEXATTR), not that setuid goes.
             changes.kill_suidgid = True
         out = self.out
         abi.ATTR_REPLY.pack_into(out, 0, 120, 0, unique, self.timeout, 0, 0, *self.ops.setattr(nodeid, changes))

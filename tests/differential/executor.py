@@ -207,7 +207,10 @@ class Executor:
         return os.write(fd, bytes([fill]) * length), os.lseek(fd, 0, os.SEEK_CUR)
 
     def do_seek(self, number: int, offset: int, whence: int) -> int:
-        return os.lseek(self.slot(number).fd, offset, whence)
+        fd = self.slot(number).fd
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise Unavailable("positions in directories are anybody's own")
+        return os.lseek(fd, offset, whence)
 
     def do_ftruncate(self, number: int, size: int) -> None:
         os.ftruncate(self.slot(number).fd, size)

@@ -6,6 +6,7 @@ waits with a deadline, kills the worker and unmounts by force.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import select
@@ -16,12 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .executor import Executor, tree
+from .executor import LIBC, Executor, tree
 from .layers import LOWERS, SETS, build, copy
 
 KINDS = ("plain", "kernel", "fuse-overlayfs", "unionfs")
 DEADLINE = 60.0
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
+CLONE_NEWNS = 0x20000
+MS_REC = 0x4000
+MS_PRIVATE = 1 << 18
 KERNEL_OPTIONS = "index=on,metacopy=on,redirect_dir=on,xino=on"
 
 
@@ -92,10 +96,11 @@ class FileSystem:
                     "--upper", upper, "--work", work, "-o", f"data={self.data}", self.merged)  # fmt: skip
         self.mounted = kind
 
-    def abandon(self) -> None:
-        """Whatever state it is in: off the mount table."""
+    def abandon(self, namespace: int) -> None:
+        """Whatever state it is in: off the namespace's mount table."""
         if self.kind != "plain":
-            subprocess.run(["umount", "-f", "-l", self.merged], stdin=subprocess.DEVNULL, capture_output=True)
+            enter = ["nsenter", f"--mount=/proc/self/fd/{namespace}", "umount", "-f", "-l", str(self.merged)]
+            subprocess.run(enter, stdin=subprocess.DEVNULL, capture_output=True, pass_fds=[namespace])
 
     def unmount(self) -> None:
         if self.kind == "plain" or self.mounted is None:
@@ -132,8 +137,14 @@ class FileSystem:
         return [tree(f"{self.home}/l{n}", numbers=True) for n in range(LOWERS)]
 
 
+def own_namespace() -> None:
+    """Nobody else's mount namespace is to hold a copy of our mounts, which would keep them alive when unmounted."""
+    if LIBC.unshare(CLONE_NEWNS) or LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None):
+        raise OSError(ctypes.get_errno(), "mount namespace")
+
+
 class Worker:
-    """A process that runs sequences on one mounted file system."""
+    """A process that runs sequences on one mounted file system, in a mount namespace of its own."""
 
     def __init__(self, filesystem: FileSystem) -> None:
         self.filesystem = filesystem
@@ -146,6 +157,7 @@ class Worker:
         if self.pid:
             os.close(requests)
             os.close(replies)
+            self._namespace = -1
             return
         code = 1
         try:
@@ -162,6 +174,7 @@ class Worker:
         reply: Any
         stopped = False
         try:
+            own_namespace()
             filesystem.mount()
             reply = None
         except Exception as error:
@@ -206,13 +219,15 @@ class Worker:
                 reply = pickle.loads(data)
             except (EOFError, pickle.UnpicklingError):
                 continue
+            if self._namespace < 0:
+                self._namespace = os.open(f"/proc/{self.pid}/ns/mnt", os.O_RDONLY)
             if isinstance(reply, Broken):
                 raise reply
             return reply
 
     def kill(self) -> int:
         os.kill(self.pid, signal.SIGKILL)
-        self.filesystem.abandon()  # first: a worker that waits in a hung mount can't die before
+        self.filesystem.abandon(self._namespace)  # first: a worker that waits in a hung mount can't die before
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
         return status
@@ -231,6 +246,8 @@ class Worker:
         finally:
             os.close(self._to)
             os.close(self._from)
+            if self._namespace >= 0:
+                os.close(self._namespace)
             if self.pid:
                 os.waitpid(self.pid, 0)
                 self.pid = 0

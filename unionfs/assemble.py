@@ -89,6 +89,7 @@ def make_session(fd: int | None, ops: Operations, config: MountConfig) -> Sessio
             writeback=writeback,
             debug=config.debug,
             max_threads=max_threads,
+            acl="noacl" not in options,
             timeout=timeout,
         )
     try:

@@ -234,7 +234,7 @@ class Loopback:
         self.opens -= 1
 
     def backing_fd(self, nodeid: int, write: bool) -> int | None:
-        return None if self.nodes[nodeid].path.endswith(b".cached") else self._fd(nodeid)
+        return None if self.nodes[nodeid].path.endswith(b".cached") else os.dup(self._fd(nodeid))
 
     def read(self, nodeid: int, offset: int, buffer: memoryview) -> int:
         return os.preadv(self._fd(nodeid), [buffer], offset)

@@ -78,7 +78,7 @@ class Data(Rename):
             except PermissionError:
                 return None
         node.extra().backed = True
-        return f.n
+        return os.dup(f.n)
 
     def _open_data(self, node: Node, write: bool) -> OpenFile:
         """The node's data descriptor; for writing, after copy-up."""

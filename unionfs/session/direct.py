@@ -53,6 +53,7 @@ class DirectSession:
         max_threads: int = MAX_THREADS,
         timeout: int | None = None,
         stack_depth: int = 1,
+        acl: bool = True,
         negotiated: Negotiated | None = None,
     ) -> None:
         """`negotiated`: adopt a connection whose INIT was answered before, by another process.
@@ -63,7 +64,7 @@ class DirectSession:
         self.ops = ops
         self.terms = negotiated
         self._asked: dict[str, Any] = {
-            "data": data, "writeback": writeback, "timeout": timeout, "stack_depth": stack_depth,
+            "data": data, "writeback": writeback, "timeout": timeout, "stack_depth": stack_depth, "acl": acl,
         }  # fmt: skip
         self._debug = debug
         self._channel = wire_channel.Channel(fd)

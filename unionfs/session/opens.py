@@ -95,8 +95,11 @@ class PassthroughOpens:
         try:
             fd = self._ops.backing_fd(nodeid, write)
             if fd is not None:
-                inode.file = _identity(fd)
-                inode.backing = self._channel.open_backing(fd)
+                try:
+                    inode.file = _identity(fd)
+                    inode.backing = self._channel.open_backing(fd)
+                finally:
+                    os.close(fd)
         except OSError:  # ELOOP: the layer is itself stacked too deep
             self._refused += 1
         return inode
@@ -104,7 +107,10 @@ class PassthroughOpens:
     def _check_same(self, nodeid: int, inode: _Inode) -> None:
         """Before the kernel is told to write: the file that it reads from must not be a lower one, by any mistake."""
         fd = self._ops.backing_fd(nodeid, True)
-        if fd is None or _identity(fd) != inode.file:
+        same = fd is not None and _identity(fd) == inode.file
+        if fd is not None:
+            os.close(fd)
+        if not same:
             self._ops.release(nodeid)
             raise OSError(errno.EBUSY, "open for reading by passthrough from another file")
         inode.write = True

@@ -88,7 +88,8 @@ class Refused(Exception):
 
 
 def negotiate(
-    request: bytes, *, data: str = "auto", writeback: bool = False, stack_depth: int = 1, timeout: int | None = None
+    request: bytes, *, data: str = "auto", writeback: bool = False, stack_depth: int = 1, timeout: int | None = None,
+    acl: bool = True,
 ) -> tuple[Negotiated, bytes]:
     """From an INIT request to the terms and the INIT reply. MountError where what was asked for can't be had."""
     _, opcode, unique, _ = abi.IN_HEAD.unpack_from(request)
@@ -125,6 +126,8 @@ def negotiate(
         wanted &= ~abi.INIT_FLAGS["HANDLE_KILLPRIV_V2"]
     elif data not in DATA_MODES:
         raise MountError(f"data={data}: not one of auto, {', '.join(DATA_MODES)}", EXIT_USAGE)
+    if not acl:
+        wanted &= ~abi.INIT_FLAGS["POSIX_ACL"]
     if writeback:
         wanted |= abi.INIT_FLAGS["WRITEBACK_CACHE"]
 

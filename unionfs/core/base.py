@@ -18,6 +18,7 @@ from unionfs.core.driver import Driver
 from unionfs.core.idmap import IdMap
 from unionfs.core.layers import Fd, LDir, fd_path
 from unionfs.core.nodes import Dir, Node, NodeTable
+from unionfs.core.settle import Settler
 from unionfs.errors import WouldBlock
 
 TYPE_CHECKING = False
@@ -70,6 +71,7 @@ class Base:
         self.bottom = len(driver.layers) - 1
         self.copying: dict[Node, threading.Event] = {}
         self.nowait = True  # reads may ask for cached bytes only
+        self.settler = Settler()
         self.copied_up = 0  # bytes
         self.copied_files = 0
         self.fsuid = os.geteuid()
@@ -92,6 +94,7 @@ class Base:
         self.driver.start()
 
     def stop(self) -> None:
+        self.settler.stop()
         self.files.clear()
         self.driver.stop()
 

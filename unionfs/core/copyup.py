@@ -220,6 +220,8 @@ class CopyUp(Placement):
             self._name_added(node.parent, node.name, into, False, new=False)
         if data:
             self._replace_file(node, made)
+            if 0 < copied <= INLINE_COPY and made is not None and not self.driver.volatile:
+                self.settler.add(made)
         self.copied_files += 1
         self.copied_up += copied
 
@@ -246,7 +248,7 @@ class CopyUp(Placement):
                 copied = length
                 if length < st.st_size:
                     os.ftruncate(out.n, length)
-                if copied and not self.driver.volatile:
+                if copied > INLINE_COPY and not self.driver.volatile:
                     sysio.start_writeback(out.n)
             else:
                 os.ftruncate(out.n, st.st_size)

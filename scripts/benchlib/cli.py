@@ -63,7 +63,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="another build of unionfs to compare with: its `unionfs` command")  # fmt: skip
     parser.add_argument("--dir", type=Path, help="where to build the layers: a new directory on a disk filesystem")
     parser.add_argument("--ram", action="store_true",
-                        help="layers on an ext4 in memory: less noise from a busy disk, no cost of syncing")  # fmt: skip
+                        help="layers on an ext4 in memory: less noise of a busy disk, no cost of syncing")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR",
                         help="where to write JSON, table and charts (a whole run: docs/benchmarks)")  # fmt: skip
     parser.add_argument("--check", action="store_true", help="print the ratios that the project demands of itself")

@@ -16,6 +16,10 @@ PYFUSE3 = {
     "noopen": "pyfuse3 cannot answer OPEN with ENOSYS",
 }
 
+AUFS = {
+    "kernel_format": "aufs's own format: the kernel's overlayfs does not read it",
+}
+
 ROOTLESS = {
     "mknod": "an ordinary user may not make device nodes",
 }
@@ -41,4 +45,4 @@ FUSE_OVERLAYFS = {
 
 
 def accepted() -> set[str]:
-    return {reason for table in (PYFUSE3, ROOTLESS, HOST) for reason in table.values()}
+    return {reason for table in (PYFUSE3, AUFS, ROOTLESS, HOST) for reason in table.values()}

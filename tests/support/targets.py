@@ -34,6 +34,7 @@ class Target:
 # Features (words of `needs`) that a driver of ours lacks, with the reason.
 DRIVERS: dict[str, dict[str, str]] = {
     "overlay": {},
+    "aufs": limits.AUFS,
 }
 
 ORACLES: dict[str, dict[str, str]] = {

@@ -169,9 +169,9 @@ class CopyUp(Placement):
                 raise
             node.ldir = into
             self._name_added(p, name, into, False, new=False)
-            if into.layer.index < old.layer.index:
-                with self._times_kept(old):
-                    os.unlink(name, dir_fd=old.open().n)
+            with self._times_kept(old):
+                self.driver.drop_whiteout_beside(old, name)  # it would hide the file once that is below
+                os.unlink(name, dir_fd=old.open().n)
         finally:
             more.moving = False
             del self.copying[node]

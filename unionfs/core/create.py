@@ -81,7 +81,18 @@ class Create(CopyUp):
         gid: int,
     ) -> Entry:
         self._check_name(p, name)
-        layer = self._place_new(p, name)
+        while True:
+            layer = self._place_new(p, name, kind == S_IFDIR)
+            try:
+                return self._new_in(p, name, make, kind, bits, rdev, uid, gid, layer)
+            except OSError as e:
+                if e.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.driver.filled(layer):
+                    raise
+
+    def _new_in(
+        self, p: Dir, name: bytes, make: Callable[[int, bytes], None], kind: int, bits: int, rdev: int,
+        uid: int, gid: int, layer: Layer,
+    ) -> Entry:  # fmt: skip
         ldir = self.ensure_dir(p, layer)
         fd = ldir.open()
         try:

@@ -218,6 +218,4 @@ class Data(Rename):
         return os.readlink(node.name, dir_fd=node.ldir.open().n)
 
     def statfs(self) -> tuple[int, int, int, int, int, int, int, int]:
-        s = os.fstatvfs(self.root.ldirs[0].open().n)
-        bavail, bfree = s.f_bavail, s.f_bfree
-        return s.f_blocks, bfree, bavail, s.f_files, s.f_ffree, s.f_bsize, self.driver.name_max(s.f_namemax), s.f_frsize
+        return self.driver.statvfs()

@@ -100,13 +100,17 @@ class Driver:
     # The core finds the writable layers that fit (where the result would be seen), topmost first; with a choice of
     # several it asks the driver.
 
-    def place_new(self, parent: Dir, fit: list[Layer]) -> Layer:
+    def place_new(self, parent: Dir, fit: list[Layer], is_dir: bool) -> Layer:
         """The layer for a new entry of parent."""
         return fit[0]
 
     def place_copyup(self, parent: Dir, fit: list[Layer]) -> Layer:
         """The layer that an entry of parent is copied up to; all that fit are above its own."""
         return fit[0]
+
+    def filled(self, layer: Layer) -> bool:
+        """The layer has reported ENOSPC: whether another one should be tried."""
+        return False
 
     # --- recording ---
 
@@ -208,6 +212,12 @@ class Driver:
     def name_max(self, native: int) -> int:
         """The longest name that users can make (statfs)."""
         return native
+
+    def statvfs(self) -> tuple[int, int, int, int, int, int, int, int]:
+        """As Operations.statfs gives it."""
+        s = os.fstatvfs((self.writable or self.layers)[0].root.open().n)
+        namemax = self.name_max(s.f_namemax)
+        return s.f_blocks, s.f_bfree, s.f_bavail, s.f_files, s.f_ffree, s.f_bsize, namemax, s.f_frsize
 
     def status(self) -> dict[str, Any]:
         return {}

@@ -15,7 +15,7 @@ from unionfs.core.nodes import Dir
 
 
 class Placement(Listing):
-    def _place_new(self, p: Dir, name: bytes) -> Layer:
+    def _place_new(self, p: Dir, name: bytes, is_dir: bool = False) -> Layer:
         """The layer for a new entry. EROFS: none."""
         writable = self.driver.writable
         if len(writable) == 1 and writable[0].index == 0:
@@ -23,7 +23,7 @@ class Placement(Listing):
         fit = [layer for layer in writable if self._shows(p, name, layer)]
         if not fit:
             raise fail(errno.EROFS, name)
-        return self.driver.place_new(p, fit)
+        return self.driver.place_new(p, fit, is_dir)
 
     def _place_copy(self, p: Dir, source: Layer) -> Layer:
         """The layer for a copy of an entry of p that lies in source. EROFS: none above it is writable."""

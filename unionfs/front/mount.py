@@ -7,7 +7,7 @@ import os
 from unionfs.api import MountConfig
 from unionfs.errors import EXIT_LAYER, MountError
 from unionfs.front.args import Command, Option, Parsed
-from unionfs.front.options import COMMON, apply_options, split_options, split_paths
+from unionfs.front.options import COMMON, apply_options, split_branch, split_options, split_paths
 
 COMMAND = Command(
     "unionfs mount",
@@ -57,8 +57,8 @@ def configure(parsed: Parsed) -> MountConfig:
     if "work" in parsed:
         config.work = _absolute(parsed.get("work"))
     for text in parsed.all("branch"):
-        path, has_mode, mode = text.rpartition("=")
-        config.branches.append((_absolute(path if has_mode else mode), mode if has_mode else ""))
+        path, mode = split_branch(text)
+        config.branches.append((_absolute(path), mode))
     config.driver = parsed.get("driver", config.driver)
     config.session = parsed.get("session", config.session)
     config.read_only |= "read-only" in parsed

@@ -118,6 +118,19 @@ def split_paths(text: str) -> list[str]:
     return [unescape(part) for part in parts if part]
 
 
+def split_branch(text: str) -> tuple[str, str]:
+    """PATH=rw, PATH=ro+wh...: the path and the permission ("" for none; a path may itself hold a "=")."""
+    path, equals, mode = text.rpartition("=")
+    if equals and "/" not in mode:
+        return unescape(path), mode
+    return unescape(text), ""
+
+
+def split_branches(text: str) -> list[tuple[str, str]]:
+    """aufs's colon-separated list of branches."""
+    return [split_branch(escape(part)) for part in split_paths(text)]
+
+
 def is_for_others(word: str) -> bool:
     """True for what mount(8), fstab and systemd keep in an option list for themselves."""
     return word in _IGNORED or word.startswith(("x-", "X-", "comment="))
@@ -140,6 +153,9 @@ def apply_options(config: MountConfig, words: Iterable[str]) -> None:
             config.upper = fsencode(abspath(unescape(value))) if value else None
         elif name == "workdir":
             config.work = fsencode(abspath(unescape(value))) if value else None
+        elif word.startswith(("br:", "br=", "dirs=")):
+            listed = split_branches(word[3:] if word.startswith("br") else value)
+            config.branches += [(fsencode(abspath(path)), mode) for path, mode in listed]
         elif name == "driver":
             config.driver = value
         elif name in CHOICES:
@@ -161,5 +177,7 @@ def check_options(config: MountConfig, driver_options: Iterable[str]) -> None:
         if name not in known:
             hint = nearest(name, sorted(known | set(VFS_WORDS)))
             raise MountError(f"unknown option -o {name}{hint} (driver {config.driver})", EXIT_USAGE)
+    if config.branches and "br" not in known:
+        raise MountError(f"driver {config.driver} has no branches: give --lower and --upper", EXIT_USAGE)
     if len(config.lowers) > MAX_LAYERS:
         raise MountError(f"{len(config.lowers)} lower directories: the limit is {MAX_LAYERS}", EXIT_LAYER)

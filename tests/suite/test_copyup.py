@@ -159,6 +159,7 @@ def test_each_metadata_change(make_union: Maker) -> None:
         u.remount()
 
 
+@pytest.mark.needs("metacopy")
 @pytest.mark.parametrize("change", ["chmod", "chown", "utime", "setxattr", "rename", "link"])
 def test_metadata_change_copies_no_data(make_union: Maker, change: str) -> None:
     size = 4 << 20

@@ -131,6 +131,7 @@ ODD_NAMES = [
 ]
 
 
+@pytest.mark.needs("long_names")
 def test_odd_names(make_union: Maker) -> None:
     lower = {os.fsdecode(b"d/" + name): F(name) for name in ODD_NAMES}
     u = make_union([lower])
@@ -321,6 +322,7 @@ def test_restricted_directories(make_union: Maker) -> None:
     assert (u / "d/f").read_text() == "x+"
 
 
+@pytest.mark.needs("long_names")
 def test_statfs_and_root(union: Union) -> None:
     info = os.statvfs(union.merged)
     real = os.statvfs(union.up)

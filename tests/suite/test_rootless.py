@@ -166,6 +166,7 @@ def test_user_namespace(make_union: Maker, ordinary_user: int) -> None:
     child(outside, uid=ordinary_user)
 
 
+@pytest.mark.needs("kernel_format")
 def test_user_namespace_and_kernel(make_union: Maker, ordinary_user: int) -> None:
     """The kernel's userxattr overlay (no redirects, no metacopy) shows the same tree."""
     u = owned(make_union, ordinary_user, [{"f": "f", "d/x": "x", "d/y": "y", "o/z": "z"}, {"d/w": "w"}])

@@ -80,6 +80,7 @@ def test_opaque(make_union: Maker, spelling: str, layer: str | int) -> None:
     assert os.listdir(u / "d") == ["low"]
 
 
+@pytest.mark.needs("kernel_format")
 def test_delete_lower_entries(make_union: Maker) -> None:
     """Every kind of entry of a lower can be deleted, and stays deleted; the whiteout is a 0:0 device."""
     u = make_union(
@@ -182,6 +183,7 @@ def test_remove_merged_tree(make_union: Maker) -> None:
     assert (u / "d").stat().st_mode & 0o777 == 0o710
 
 
+@pytest.mark.needs("long_names")
 def test_long_name_deleted(make_union: Maker) -> None:
     """255-byte names, deletion of one from a lower included: a whiteout must not need a longer name."""
     name, other = "n" * 255, "é" * 127 + "x"
@@ -200,6 +202,7 @@ def test_long_name_deleted(make_union: Maker) -> None:
     assert errno_of(os.rename, u / name, u / ("n" * 256)) == 36
 
 
+@pytest.mark.needs("kernel_format")
 def test_whiteout_like_entries(make_union: Maker) -> None:
     """A char 0:0 of a layer is never shown. Made through the mount, as a stacked overlay does, it hides nothing."""
     u = make_union([{"real": Node("c", 1, 5), "w": WHITEOUT}, {"w": "hidden"}], compare=False)
@@ -230,6 +233,7 @@ def test_many_deleted_and_back(make_union: Maker) -> None:
         u.remount()
 
 
+@pytest.mark.needs("spellings")
 def test_whiteout_xattr_form(make_union: Maker) -> None:
     """The kernel's other form: an empty file with the whiteout xattr in a directory whose opaque xattr is x."""
     u = make_union(

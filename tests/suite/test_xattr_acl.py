@@ -93,6 +93,7 @@ def test_no_trusted_for_users(make_union: Maker) -> None:
     assert child(errno_of, os.setxattr, u / "f", "user.n", b"", uid=USER) == 0
 
 
+@pytest.mark.needs("kernel_format")
 def test_private_ones_hidden(make_union: Maker) -> None:
     """What the format keeps in xattrs is not shown, can't be read, set or removed by users of the mount."""
     u = make_union([{"d/x": "x", "f": "f", "g": "g"}], {"o": opaque(), "o/y": "y"})

@@ -18,6 +18,9 @@ PYFUSE3 = {
 
 AUFS = {
     "kernel_format": "aufs's own format: the kernel's overlayfs does not read it",
+    "spellings": "aufs's whiteouts and marks are .wh. files, no others are read",
+    "metacopy": "aufs's format has no copies without data",
+    "long_names": "aufs's names are at most 251 bytes long: .wh. goes before them",
 }
 
 ROOTLESS = {

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from . import sys as syscalls
-from .targets import KERNEL_OPTIONS, Target
+from .targets import KERNEL_OPTIONS, OPTIONS, Target
 from .trees import Snapshot, Tree, build, differences, snapshot
 
 UNIONFS = os.path.join(os.path.dirname(sys.executable), "unionfs")
@@ -122,7 +122,8 @@ class Union:
         argv += ["--lower", lowers]
         if self.upper:
             argv += ["--upper", str(self.upper), "--work", str(self.work)]
-        options = _join(f"data={self.target.data}" if self.target.data else "", self.options)
+        data = f"data={self.target.data}" if self.target.data else ""
+        options = _join(data, OPTIONS.get(self.target.driver, ""), self.options)
         if options:
             argv += ["-o", options]
         return [*argv, str(self.merged)]
@@ -375,11 +376,11 @@ class Maker:
         self.unions.append(union)
         for i, tree in enumerate([{}] if lowers is None else lowers):
             path = base / f"lower{i}"
-            build(path, tree)
+            build(path, self.target.spelled(tree))
             union.lowers.append(path)
         if not read_only:
             union.upper, union.work = (upper_on or base) / "upper", (upper_on or base) / "work"
-            build(union.upper, upper or {})
+            build(union.upper, self.target.spelled(upper or {}))
             union.work.mkdir()
         if user is not None:
             for path in (base, *union.lowers, union.upper, union.work, union.merged):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import limits
+from .trees import Tree, in_aufs_format
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Target:
     def ours(self) -> bool:
         return self.driver not in ORACLES
 
+    def spelled(self, tree: Tree) -> Tree:
+        """A layer's tree in the format of the driver."""
+        return in_aufs_format(tree) if self.driver == "aufs" else tree
+
     def lacks(self, feature: str) -> str | None:
         """The reason why this target can't run a test that needs `feature`."""
         if not self.ours:
@@ -35,6 +40,11 @@ class Target:
 DRIVERS: dict[str, dict[str, str]] = {
     "overlay": {},
     "aufs": limits.AUFS,
+}
+
+# What the suite mounts a driver with, beside what the test asks for.
+OPTIONS: dict[str, str] = {
+    "aufs": "dirren",
 }
 
 ORACLES: dict[str, dict[str, str]] = {

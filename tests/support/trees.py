@@ -78,6 +78,22 @@ def opaque(prefix: str = "trusted.overlay.", mode: int = 0o755) -> D:
     return D(mode, xattrs={prefix + "opaque": b"y"})
 
 
+def in_aufs_format(tree: Tree) -> Tree:
+    """The same tree with its whiteouts and opaque directories as aufs writes them."""
+    out: Tree = {}
+    for path, spec in tree.items():
+        folder, slash, name = path.rpartition("/")
+        if spec == WHITEOUT:
+            out[f"{folder}{slash}.wh.{name}"] = F("", 0o444)
+        elif isinstance(spec, D) and spec.xattrs.get("trusted.overlay.opaque") == b"y":
+            kept = {key: value for key, value in spec.xattrs.items() if key != "trusted.overlay.opaque"}
+            out[path] = D(spec.mode, spec.uid, spec.gid, kept)
+            out[f"{path}/.wh..wh..opq"] = F("", 0o444)
+        else:
+            out[path] = spec
+    return out
+
+
 def proc_path(dirfd: int, name: bytes | str) -> bytes:
     """A path that calls without a dir_fd parameter take."""
     return b"/proc/self/fd/%d/%s" % (dirfd, os.fsencode(name))

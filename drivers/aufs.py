@@ -1,9 +1,9 @@
 """The aufs driver: many branches, several of them writable, in aufs's format.
 
 A deletion is a file `.wh.NAME`, and it may stand beside an entry of that name; a directory that hides those below holds
-`.wh..wh.opq`. In a writable branch `.wh..wh.orph/` is where entries are built, `.wh..wh.plnk/` holds the inodes of hard
-links that were copied up. Both are gone from a branch at rest that does not need them, so a branch is an OCI layer as
-it is. Whiteouts of a read-only branch count only with `+wh`. Reference: aufs(5).
+`.wh..wh..opq`. In a writable branch `.wh..wh.orph/` is where entries are built, `.wh..wh.plnk/` holds the inodes of
+hard links that were copied up. Both are gone from a branch at rest that does not need them, so a branch is an OCI layer
+as it is. Whiteouts of a read-only branch count only with `+wh`. Reference: aufs(5).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from unionfs.core.nodes import Dir
 
 WH = b".wh."
-WH_OPAQUE = b".wh..wh.opq"
+WH_OPAQUE = b".wh..wh..opq"
 OPAQUE = Marks(opaque=True)
 _PREFIXES = ("trusted.unionfs.", "user.unionfs.")
 FULL_FOR = 30.0  # seconds that a branch which reported ENOSPC gets nothing new
@@ -48,6 +48,7 @@ class AufsDriver(Driver):
         "noxino": "they need not: nothing is noted on copies",
         "plink": "hard links stay linked over copy-up (default)",
         "noplink": "a copied-up hard link becomes a file of its own",
+        "dirren": "rename directories of lower branches by a redirect, noted in an xattr (else EXDEV)",
         "diropq": "always|whiteouted: when a new directory is marked opaque (default whiteouted)",
         "dirperm1": "accepted: only the topmost directory's permissions count, always",
         "warn_perm": "log branches whose root has another owner or mode than the topmost's",
@@ -58,6 +59,12 @@ class AufsDriver(Driver):
         "rdblk": "accepted, no effect",
         "rdhash": "accepted, no effect",
         "volatile": "sync nothing: fast, and lost in a power cut",
+        "uidmapping": "ID:DISK_ID:LENGTH:…: owners in the mount and on disk",
+        "gidmapping": "ID:DISK_ID:LENGTH:…: groups in the mount and on disk",
+        "squash_to_root": "everything belongs to root",
+        "squash_to_uid": "UID: everything belongs to that user",
+        "squash_to_gid": "GID: everything belongs to that group",
+        "xattr_permissions": "0|1|2: owner and mode are kept in an xattr (2: user.containers.override_stat)",
         "static_nlink": "directories have a link count of 1 (no need to list them to know)",
         "noacl": "no POSIX ACLs",
         "noxattrs": "1: no extended attributes for users",
@@ -82,6 +89,7 @@ class AufsDriver(Driver):
         if o.get("diropq", "whiteouted") not in ("always", "a", "whiteouted", "w"):
             raise MountError(f"diropq={o['diropq']}: must be always or whiteouted", EXIT_USAGE)
         self.always_opaque = o.get("diropq", "") in ("always", "a")
+        self.redirects = "dirren" in o
         self.volatile = "volatile" in o
         self.sum = "all" if "sum" in o else "rw" if "wsum" in o else ""
         self._holder: LDir | None = None  # work/, where it was given
@@ -217,10 +225,14 @@ class AufsDriver(Driver):
         return entries, whiteouts
 
     def marks(self, ldir: LDir) -> Marks:
-        if self._honours(ldir.layer) and os.access(
-            WH_OPAQUE, os.F_OK, dir_fd=ldir.open().n, follow_symlinks=False
-        ):
+        if not self._honours(ldir.layer):
+            return NO_MARKS
+        if os.access(WH_OPAQUE, os.F_OK, dir_fd=ldir.open().n, follow_symlinks=False):
             return OPAQUE
+        if self.redirects:
+            for key, value in self._own_xattrs(fd_path(ldir.open()), True):
+                if key == "redirect":
+                    return Marks(redirect=value)
         return NO_MARKS
 
     def file_marks(self, ldir: LDir, name: bytes) -> FileMarks | None:
@@ -334,6 +346,11 @@ class AufsDriver(Driver):
         flags = os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         os.close(os.open(WH_OPAQUE, flags, 0o444, dir_fd=inner.open().n))
 
+    def set_redirect(self, ldir: LDir, name: bytes, path: bytes) -> None:
+        if not self.redirects or self.prefix is None:
+            super().set_redirect(ldir, name, path)
+        os.setxattr(fd_path(ldir.open(), name), f"{self.prefix}redirect", path, follow_symlinks=False)
+
     def clear_dir(self, ldir: LDir, name: bytes) -> None:
         """`move` takes the place of a directory that holds whiteouts in one step."""
 
@@ -437,6 +454,7 @@ class AufsDriver(Driver):
             "cpup": self.config.options.get("cpup", "tdp"),
             "xattrs": self.prefix + "*" if self.prefix else "none",
             "plink": self.index,
+            "dirren": self.redirects,
             "pseudo_links": sum(len(entries) for _, entries in self.plinks.values()),
             "full": [branches.show(layer.path) for layer in self.full],
         }

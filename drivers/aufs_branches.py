@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PERMISSIONS = ("rw", "ro", "rr")
-MAX_BRANCHES = 500
+MAX_BRANCHES = 512
 ORPHANS = b".wh..wh.orph"
 PSEUDO_LINKS = b".wh..wh.plnk"
 

@@ -368,7 +368,7 @@ class AufsDriver(Driver):
         except OSError:
             pass  # what resists goes at the next mount
 
-    def mark_copy(self, path: bytes, source: LDir, name: bytes, ino: int, follow: bool) -> None:
+    def mark_copy(self, path: bytes | int, source: LDir, name: bytes, ino: int, follow: bool) -> None:
         if self.keep_ino:
             self._note(path, "ino", b"%d" % ino, follow)
 
@@ -377,7 +377,7 @@ class AufsDriver(Driver):
             self._note(fd_path(ldir.open()), "impure", b"y", True)
             ldir.impure = True
 
-    def _note(self, path: bytes, key: str, value: bytes, follow: bool) -> None:
+    def _note(self, path: bytes | int, key: str, value: bytes, follow: bool) -> None:
         """On a filesystem without xattrs there is no note: a copy's inode number is a new one after a remount."""
         if self.prefix is None:
             return

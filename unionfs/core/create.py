@@ -90,7 +90,7 @@ class Create(CopyUp):
                     raise
 
     def _new_in(
-        self, p: Dir, name: bytes, make: Callable[[int, bytes], None], kind: int, bits: int, rdev: int,
+        self, p: Dir, name: bytes, make: Callable[[int, bytes], OpenFile | None], kind: int, bits: int, rdev: int,
         uid: int, gid: int, layer: Layer,
     ) -> Entry:  # fmt: skip
         ldir = self.ensure_dir(p, layer)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyfuse3
 import pytest
 from memory_operations import MemoryOperations
 from support.procs import USER, child, in_user_namespace
@@ -492,6 +493,19 @@ def test_umount_ends_the_session(mounted: Mounted, ops: MemoryOperations) -> Non
     assert ops.stopped == 1
     assert not os.path.ismount(mounted.path)
     mounted.session.invalidate_entry(ROOT_ID, b"name")  # nobody to tell
+
+
+def test_a_mount_that_goes_while_a_request_is_read_has_ended(
+    mountpoint: Path, ops: MemoryOperations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The race itself can't be arranged: the kernel's answer to it stands in for it."""
+
+    async def main() -> None:
+        raise ExceptionGroup("a task of the library's", [ConnectionAbortedError(errno.ECONNABORTED, "aborted")])
+
+    monkeypatch.setattr(pyfuse3, "main", main)
+    Pyfuse3Session(ops, MountConfig(os.fsencode(mountpoint))).serve(lambda: None)  # type: ignore[arg-type]
+    assert ops.stopped == 1
 
 
 def test_open_files_are_served_after_a_lazy_umount(mounted: Mounted, ops: MemoryOperations) -> None:

@@ -55,7 +55,8 @@ class Channel:
                     self._sleep(until)
                     until = 0.0
             except OSError as error:
-                if error.errno == errno.ENODEV:
+                # ECONNABORTED: the mount went while a request of it was being read.
+                if error.errno in (errno.ENODEV, errno.ECONNABORTED):
                     return 0
                 # ENOENT: the request was interrupted before we read it. The next one is as good.
                 if error.errno not in (errno.ENOENT, errno.EINTR):

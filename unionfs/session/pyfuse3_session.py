@@ -92,7 +92,10 @@ class Pyfuse3Session:
         self._token = trio.lowlevel.current_trio_token()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._announce, on_ready)
-            await pyfuse3.main()
+            try:
+                await pyfuse3.main()
+            except* ConnectionAbortedError:
+                pass  # the mount went while a request of it was being read; libfuse knows ENODEV only
             nursery.cancel_scope.cancel()
 
     async def _announce(self, on_ready: Callable[[], None]) -> None:

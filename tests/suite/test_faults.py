@@ -48,8 +48,9 @@ def test_full_in_copy_up(disk: Disk, make_union: Maker, kind: str) -> None:
         u.remount()
     poke(u / "small")
     assert (u / "small").read_bytes() == b"newll"
-    os.truncate(u / "big", 0)
-    assert (u / "big").read_bytes() == b""
+    if make_union.target.ours:  # the kernel's copies what is then thrown away
+        os.truncate(u / "big", 0)
+        assert (u / "big").read_bytes() == b""
     alive(u)
 
 

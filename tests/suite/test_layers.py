@@ -76,8 +76,8 @@ def test_upper_elsewhere(disk: Disk, make_union: Maker, kind: str) -> None:
         assert sorted(os.listdir(u.merged)) == ["f", "h", "i", "moved"]
         assert sorted(os.listdir(u / "moved")) == ["e", "x"]
         assert (u / "i").stat().st_mode & 0o777 == 0o600
-        assert (u / "f").stat().st_dev == (u / "moved/x").stat().st_dev == u.merged.stat().st_dev
         if make_union.target.ours:  # the kernel's needs xino for that
+            assert (u / "f").stat().st_dev == (u / "moved/x").stat().st_dev == u.merged.stat().st_dev
             assert {name: (u / name.replace("d", "moved")).stat().st_ino for name in numbers} == numbers
         u.remount()
 

@@ -180,7 +180,7 @@ def setattr_body(valid: int, **f: int) -> bytes:
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (setattr_body(0), {}),
+        (setattr_body(0), {"kill_suidgid": True}),
         (setattr_body(1 << 11), {"kill_suidgid": True}),
         (setattr_body(1, mode=0o100644), {"mode": 0o100644}),
         (setattr_body(2 | 4 | 1 << 11, uid=1, gid=2), {"uid": 1, "gid": 2, "kill_suidgid": True}),
@@ -204,10 +204,10 @@ def test_setattr(body: bytes, expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("uid", "data", "valid", "kill"),
-    [(1000, "passthrough", 1 << 6, True), (0, "passthrough", 0, False), (1000, "cached", 0, False),
+    [(1000, "passthrough", 1 << 6, True), (0, "passthrough", 0, False), (1000, "cached", 0, True),
      (1000, "passthrough", 1, False)],
 )  # fmt: skip
-def test_empty_setattr_before_a_write_that_is_passed_through(uid: int, data: str, valid: int, kill: bool) -> None:
+def test_empty_setattr_before_what_drops_privileges(uid: int, data: str, valid: int, kill: bool) -> None:
     ops = FakeOps(setattr=ATTR)
     message = bytearray(request(4, 7, setattr_body(valid)))
     struct.pack_into("<I", message, 24, uid)

@@ -52,5 +52,9 @@ class Settler:
             self._some.wait()
             sleep(DELAY)
             self._some.clear()
-            while self._pending:
-                sysio.start_writeback(self._pending.popleft().n)
+            self._start()
+        self._start()  # what came between the last round and the end
+
+    def _start(self) -> None:
+        while self._pending:
+            sysio.start_writeback(self._pending.popleft().n)

@@ -32,20 +32,14 @@ def fail(code: int, what: bytes | None = None) -> OSError:
     return OSError(code, os.strerror(code), what)
 
 
-class OpenFile:
-    """An open data descriptor of a node; closed with its last reference."""
+class OpenFile(Fd):
+    """An open data descriptor of a node."""
 
-    __slots__ = ("n", "writable")
+    __slots__ = ("writable",)
 
     def __init__(self, n: int, writable: bool) -> None:
         self.n = n
         self.writable = writable
-
-    def __del__(self) -> None:
-        try:
-            os.close(self.n)
-        except OSError:
-            pass
 
 
 class Base:

@@ -376,6 +376,9 @@ class CopyUp(Placement):
     def _open_source(self, node: Node) -> Fd:
         """A read-only descriptor of the node's bytes, wherever they are."""
         more = node.more
+        opened = self.files.get(node.id)
+        if opened is not None:
+            return opened
         if more is not None and more.data is not None:
             ldir, name = more.data
             return Fd(self._open_quiet(name, ldir))

@@ -1,25 +1,23 @@
-"""Listing merged directories.
+"""Listing merged directories, and keeping true what is remembered of them.
 
-A position is a function of the name (a hash), so any cookie ever handed out resumes after its name whatever was added
-or removed meanwhile, without a handle, and after a restart of the server too. Names that went since the order was
-made are skipped when they are looked at.
+Names that went since the order was made are skipped when they are looked at.
 """
 
 from __future__ import annotations
 
 import errno
-from bisect import bisect_right, insort
 from stat import S_ISDIR
-from zlib import crc32
 
 from unionfs.api import DirEntry, DirEntryPlus
 from unionfs.core.base import fail
 from unionfs.core.layers import LDir
 from unionfs.core.lookup import Lookup
 from unionfs.core.nodes import Dir
+from unionfs.core.order import Order
 
-_SHIFT = 24  # names with the same hash: up to 2**24 in a row
-_FIRST = 3 << _SHIFT  # cookies 1 and 2 are "." and ".."
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class Listing(Lookup):
@@ -28,9 +26,8 @@ class Listing(Lookup):
         out: list[DirEntryPlus] = []
         children = p.children
         generations = self.table.generations
-        order = self._order(p)
-        for i in range(bisect_right(order, (cookie, b"\xff" * 256)), len(order)):
-            position, name = order[i]
+        stat, attr_of = self._stat, self._attr
+        for position, name in self._after(p, cookie, size, overhead):
             size -= (overhead + len(name) + 7) & ~7
             if size < 0:
                 break
@@ -44,10 +41,10 @@ class Listing(Lookup):
                     st = found[1]
                     node = self._adopt(p, name, *found)
                     if node.more is not None:
-                        st = self._stat(node)  # a hard link may have been copied up under another name
+                        st = stat(node)  # a hard link may have been copied up under another name
                 else:
-                    st = self._stat(node)
-                attr = self._attr(node, st)
+                    st = stat(node)
+                attr = attr_of(node, st)
             except FileNotFoundError:
                 continue
             node.nlookup += 1
@@ -57,9 +54,7 @@ class Listing(Lookup):
     def readdir(self, nodeid: int, cookie: int, size: int, overhead: int) -> list[DirEntry]:
         p = self._dir(nodeid)
         out: list[DirEntry] = []
-        order = self._order(p)
-        for i in range(bisect_right(order, (cookie, b"\xff" * 256)), len(order)):
-            position, name = order[i]
+        for position, name in self._after(p, cookie, size, overhead):
             try:
                 node = p.children.get(name)
                 if node is None:
@@ -77,24 +72,16 @@ class Listing(Lookup):
             self._settle(node)
         return out
 
-    def _order(self, p: Dir) -> list[tuple[int, bytes]]:
+    def _after(self, p: Dir, cookie: int, size: int, overhead: int) -> Iterator[tuple[int, bytes]]:
+        """At least as many of p's names behind the cookie as a reply of that size can hold, if there are any."""
         if p.removed:
-            return []
+            return iter(())
         order = p.order
         if order is None:
             if not p.complete:
                 self._list(p)
-            order = p.order = self._positions(self._visible(p))
-        return order
-
-    @staticmethod
-    def _positions(names: list[bytes]) -> list[tuple[int, bytes]]:
-        order: list[tuple[int, bytes]] = []
-        last = -1
-        for base, name in sorted((_FIRST + (crc32(name) << _SHIFT), name) for name in names):
-            last = base if base > last else last + 1
-            order.append((last, name))
-        return order
+            order = p.order = Order(self._visible(p))
+        return order.after(cookie, size // (overhead + 1) + 1)
 
     def _list(self, p: Dir) -> None:
         """Complete p.names with the bottom layer, and count the subdirectories."""
@@ -145,7 +132,7 @@ class Listing(Lookup):
         if is_dir and new and p.subdirs >= 0:
             p.subdirs += 1
         if p.order is not None and new:
-            self._insert(p.order, name)
+            p.order.insert(name)
         if p.complete and p.names is not None and not len(p.names) & 1023:
             self._remember(p, len(p.names))
 
@@ -160,17 +147,6 @@ class Listing(Lookup):
             p.stacks.pop(name, None)
         if is_dir and p.subdirs >= 0:
             p.subdirs -= 1
-
-    @staticmethod
-    def _insert(order: list[tuple[int, bytes]], name: bytes) -> None:
-        base = _FIRST + (crc32(name) << _SHIFT)
-        at = bisect_right(order, (base, b""))
-        while at < len(order) and order[at][0] >> _SHIFT == base >> _SHIFT:
-            if order[at][1] == name:
-                return  # it was there before and its place is still good
-            base = order[at][0] + 1
-            at += 1
-        insort(order, (base, name))
 
     def _is_dir_below(self, p: Dir, name: bytes, layer_index: int) -> bool:
         st = self._below(p, name, layer_index)

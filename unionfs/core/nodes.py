@@ -12,6 +12,10 @@ from array import array
 from unionfs.api import ROOT_ID
 from unionfs.core.layers import Fd, LDir
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from unionfs.core.order import Order
+
 
 class More:
     """What few nodes have: hard-link names, a metacopy's data, an open-unlinked file, a corrected link count."""
@@ -96,7 +100,7 @@ class Dir(Node):
         self.names: dict[bytes, LDir | None] | None = None
         self.stacks: dict[bytes, list[LDir | None]] | None = None
         self.complete = False
-        self.order: list[tuple[int, bytes]] | None = None  # listing order: (cookie, name)
+        self.order: Order | None = None
         self.subdirs = -1  # number of subdirectories, -1: not counted yet
         self.redirect: bytes | None = None  # its path in the layers below, where that is not its place here
         self.inherit: tuple[int, bool] | None = None  # (gid for new entries or -1, has a default ACL); None: not read

@@ -102,9 +102,11 @@ class Removal(Create):
         more = node.more
         if more is not None and (more.aliases or more.pin is not None):
             return
-        fd, path, _ = self._at(node)
-        node.extra().pin = Fd(os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC))
-        del fd
+        pin: Fd | None = self.files.get(node.id)
+        if pin is None or (more is not None and more.data is not None):
+            at = more.index if more is not None and more.index is not None else node.name
+            pin = Fd(os.open(at, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=node.ldir.open().n))
+        node.extra().pin = pin
 
     def _name_gone(self, p: Dir, name: bytes, node: Node) -> None:
         """One of the node's names is no more; the next one takes its place, or the file lives on without a name."""
@@ -124,9 +126,12 @@ class Removal(Create):
     def _last_name_gone(self, node: Node) -> None:
         """No known name is left; unknown ones may be, then the inode is found again by lookup."""
         more = node.extra()
+        lower_only = not node.ldir.layer.writable
+        if lower_only and more.index is None and more.key is None:
+            more.unlinked = True
+            return
         st = self._stat(node)
         links = st.st_nlink + more.nlink_delta
-        lower_only = not node.ldir.layer.writable
         if more.index is not None and links <= 0:
             os.unlink(more.index, dir_fd=node.ldir.open().n)
             self.driver.index_removed(node.ldir, more.index)

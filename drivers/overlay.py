@@ -13,7 +13,7 @@ from stat import S_ISCHR, S_ISDIR
 
 from unionfs.api import MountConfig
 from unionfs.core.driver import NO_MARKS, Driver, FileMarks, Marks
-from unionfs.core.layers import Fd, FdCache, Layer, LDir, fd_path
+from unionfs.core.layers import FdCache, Layer, LDir, fd_path
 from unionfs.errors import EXIT_LAYER, EXIT_PERMISSION, EXIT_USAGE, MountError
 from unionfs.sysio import RENAME_EXCHANGE, RENAME_WHITEOUT, renameat2
 
@@ -207,11 +207,11 @@ class OverlayDriver(Driver):
     def scan(self, ldir: LDir) -> tuple[list[tuple[bytes, bool]], list[bytes]]:
         entries: list[tuple[bytes, bool]] = []
         whiteouts: list[bytes] = []
-        # a descriptor of its own: a shared one would share its position with other threads
-        fd = Fd(os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=ldir.open().n))
-        with os.scandir(fd.n) as it:
+        held = ldir.open()
+        # By path: that gives names as bytes, and a descriptor of its own, whose position no other thread moves.
+        with os.scandir(fd_path(held)) as it:
             for entry in it:
-                name = os.fsencode(entry.name)
+                name = entry.name
                 if name.startswith(WH):
                     if name != WH_OPAQUE:
                         whiteouts.append(name[len(WH) :])

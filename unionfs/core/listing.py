@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+NAMES_KEPT = 1000
+
+
 class Listing(Lookup):
     def readdirplus(self, nodeid: int, cookie: int, size: int, overhead: int) -> list[DirEntryPlus]:
         p = self._dir(nodeid)
@@ -49,6 +52,9 @@ class Listing(Lookup):
                 continue
             node.nlookup += 1
             out.append((name, position, (node.id, generations[node.id], attr)))
+        order = p.order
+        if not out and order is not None and len(order.names) > NAMES_KEPT:
+            p.order = None  # the end was seen
         return out
 
     def readdir(self, nodeid: int, cookie: int, size: int, overhead: int) -> list[DirEntry]:
@@ -81,6 +87,8 @@ class Listing(Lookup):
             if not p.complete:
                 self._list(p)
             order = p.order = Order(self._visible(p))
+            if len(p.ldirs) == 1 and len(order.names) > NAMES_KEPT:
+                self._forget_names(p)
         return order.after(cookie, size // (overhead + 1) + 1)
 
     def _list(self, p: Dir) -> None:
@@ -107,6 +115,12 @@ class Listing(Lookup):
         p.subdirs = subdirs
         p.complete = True
         self._remember(p, len(names))
+
+    def _forget_names(self, p: Dir) -> None:
+        """p has one layer, which can be asked: in a big directory a dictionary of its names is not worth its memory."""
+        p.names = p.stacks = None
+        p.complete = False
+        self.table.merged_names -= self.table.merged.pop(p, 0)
 
     @staticmethod
     def _visible(p: Dir) -> list[bytes]:

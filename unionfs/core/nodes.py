@@ -53,7 +53,7 @@ class More:
 class Node:
     """A file of any kind but a directory. `ldir` and `rname` say where the inode is on disk."""
 
-    __slots__ = ("__weakref__", "id", "ino", "kind", "ldir", "more", "name", "nlookup", "parent")
+    __slots__ = ("id", "ino", "kind", "ldir", "more", "name", "nlookup", "parent")
 
     def __init__(self, parent: Dir | None, name: bytes, ldir: LDir, ino: int, kind: int) -> None:
         self.id = 0

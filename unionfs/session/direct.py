@@ -18,6 +18,7 @@ import os
 import sys
 from time import monotonic
 
+from unionfs import sysio
 from unionfs.errors import EXIT_FAILURE, EXIT_PERMISSION, MountError, WouldBlock
 from unionfs.session import channel as wire_channel
 from unionfs.session.lanes import Lane
@@ -270,4 +271,5 @@ def _tune_interpreter() -> None:
     """
     gc.freeze()
     gc.set_threshold(700, 10, 1 << 30)
+    sysio.return_big_blocks()
     sys.setswitchinterval(SWITCH_INTERVAL)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from unionfs.core.driver import Probe
     from unionfs.core.nodes import Dir
 
+    from .aufs_live import Plan
+
 WH = b".wh."
 WH_OPAQUE = b".wh..wh..opq"
 OPAQUE = Marks(opaque=True)
@@ -159,6 +161,10 @@ class AufsDriver(Driver):
         for layer in self.writable:
             if layer not in self.plinks:
                 self._read_plinks(layer)
+        for gone in [layer for layer in (*self.plinks, *self.full) if layer not in self.writable]:
+            self.plinks.pop(gone, None)
+            self.full.pop(gone, None)
+        self.create.space.forget()
 
     def _read_plinks(self, layer: Layer) -> None:
         index = layer.root.child(own.PSEUDO_LINKS)
@@ -176,6 +182,20 @@ class AufsDriver(Driver):
             said = [f"{st.st_mode & 0o7777:o} {st.st_uid}:{st.st_gid}" for st in (here, top)]
             where = branches.show(layer.path)
             print(f"unionfs: warn_perm: branch {where} is {said[0]}, the topmost {said[1]}", file=sys.stderr)
+
+    live = True
+
+    def plan_layers(self, changes: list[list[Any]]) -> Plan:
+        from .aufs_live import Plan
+
+        return Plan(self, changes)
+
+    def joined(self, layer: Layer) -> None:
+        """A branch was added to the mount."""
+        if self.prefix is None and layer.writable:
+            self.prefix = _probe_prefix(layer)
+        if "warn_perm" in self.config.options:
+            self._warn_perm(layer)
 
     def stop(self) -> None:
         for layer in self.layers:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 
-from unionfs.core.layers import FdCache, Layer, LDir
-from unionfs.errors import EXIT_PERMISSION, EXIT_USAGE, MountError, nearest
+from unionfs.core.layers import Layer, LDir
+from unionfs.errors import EXIT_LAYER, EXIT_PERMISSION, EXIT_USAGE, MountError, nearest
 
 from . import branches
 
@@ -55,25 +55,24 @@ def parse_permission(text: str, path: bytes, default: str) -> tuple[str, frozens
     return permission, frozenset(attributes)
 
 
-def check(wanted: Sequence[bytes]) -> None:
-    """MountError unless all are directories and none is or lies inside another one."""
-    if len(wanted) > MAX_BRANCHES:
-        raise MountError(f"{len(wanted)} branches: at most {MAX_BRANCHES} are supported", EXIT_USAGE)
+def check(wanted: Sequence[bytes], present: Sequence[bytes] = (), mountpoint: bytes | None = None) -> None:
+    """MountError unless all are directories and none is or lies inside another one, one that is present included.
+
+    `mountpoint`: of the mount that they are added to; a branch that holds it would be read through the mount itself.
+    """
+    count = len(wanted) + len(present)
+    if count > MAX_BRANCHES:
+        raise MountError(f"{count} branches: at most {MAX_BRANCHES} are supported", EXIT_USAGE)
     for path in wanted:
         branches.check_directory(path, "branch")
-    branches.check_overlap([("branch", path) for path in wanted])
-
-
-def open_branch(path: bytes, permission: str, attributes: frozenset[str], cache: FdCache) -> Layer:
-    """The layer for a branch. A writable one is locked, and its `.wh..wh.orph` emptied of what a dead server left."""
-    layer = branches.open_layer(0, path, "branch", permission == "rw", cache)
-    layer.permission, layer.attrs = permission, attributes
-    if layer.writable:
-        prepare_writable(layer)
-    return layer
+        real = os.path.realpath(path)
+        if mountpoint is not None and os.path.commonpath([real, mountpoint]) in (real, mountpoint):
+            raise MountError(f"branch {branches.show(path)}: the mountpoint is in it, or it in the mount", EXIT_LAYER)
+    branches.check_overlap([("branch", path) for path in (*wanted, *present)])
 
 
 def prepare_writable(layer: Layer) -> None:
+    """Lock the branch, and empty its `.wh..wh.orph` of what a dead server left."""
     branches.lock(layer.root, "branch", layer.path)
     if layer.work is None:
         try:

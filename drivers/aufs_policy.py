@@ -71,6 +71,10 @@ class Space:
         self._known[layer] = (now, free)
         return free
 
+    def forget(self) -> None:
+        """The branches have changed."""
+        self._known.clear()
+
     def most(self, fit: Sequence[Layer]) -> Layer:
         return max(fit, key=self.free)
 

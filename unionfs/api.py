@@ -73,6 +73,8 @@ class Notifier(Protocol):
 
     def invalidate_entry(self, parent: int, name: bytes) -> None: ...
 
+    def expire_entries(self) -> bool: ...  # every name is asked for again at its next use; False: the kernel can't
+
     def invalidate_inode(self, nodeid: int, offset: int = 0, length: int = 0) -> None: ...
 
 

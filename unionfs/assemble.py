@@ -65,7 +65,12 @@ def prepare(config: MountConfig) -> Operations:
     from unionfs.core.ops import UnionOperations
 
     IdMap(config)  # malformed maps are refused before anything is made on disk
-    return UnionOperations(load_driver(config.driver)(config))
+    driver = load_driver(config.driver)(config)
+    if driver.live:
+        from unionfs.core.live import live_union
+
+        return live_union(driver)
+    return UnionOperations(driver)
 
 
 def session_kind(config: MountConfig) -> str:

@@ -17,7 +17,7 @@ from unionfs.sysio import RENAME_EXCHANGE, renameat2
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, Literal
+    from typing import Any, Literal, Protocol
 
     from unionfs.core.nodes import Dir
 
@@ -52,6 +52,20 @@ class FileMarks:
         self.index_delta: int | None = None  # union's link count minus the real one
 
 
+if TYPE_CHECKING:
+
+    class LayerPlan(Protocol):
+        """Another list of layers, checked and opened, that `commit` puts in force while no operation is running."""
+
+        layers: list[Layer]
+        added: list[Layer]
+        removed: list[Layer]
+
+        def commit(self) -> None: ...
+        def abandon(self) -> None: ...
+        def summary(self) -> list[str]: ...
+
+
 class Driver:
     """Base of all drivers. `options` maps the option names that it takes to one line of help."""
 
@@ -68,6 +82,12 @@ class Driver:
         self.metacopy = False  # metadata changes of big files copy no data
         self.index = False  # hard links of lower inodes stay linked over copy-up
         self.volatile = False  # nothing is synced
+
+    live = False  # layers may change while mounted: `plan_layers`
+
+    def plan_layers(self, changes: list[list[Any]]) -> LayerPlan:
+        """MountError where the changes don't fit; nothing has changed then."""
+        raise NotImplementedError
 
     def start(self) -> None:
         """Called in the serving process before the first request."""

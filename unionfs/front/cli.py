@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("inspect_status", "layers, caches and counters of a mount"),
     "which": ("inspect_which", "which layer a path comes from"),
     "diff": ("diff", "what was added, changed and deleted; as an OCI layer too"),
+    "branch": ("branch", "add, change or take away branches of a mounted union"),
     "completion": ("completion", "completion script for a shell"),
 }
 

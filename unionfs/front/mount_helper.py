@@ -54,9 +54,11 @@ def mount(argv: Sequence[str]) -> int:
     if parsed.get("N"):
         raise MountError("mount -N is not supported: use nsenter", EXIT_USAGE)
     words = [word for text in parsed.all("o") for word in split_options(text)]
-    if "remount" in words:
-        raise MountError("remount is not supported: unmount and mount again", EXIT_USAGE)
     source, mountpoint = parsed.arguments
+    if "remount" in words:
+        from unionfs.front.branch import remount
+
+        return remount(mountpoint, words)
     config = MountConfig(os.fsencode(os.path.abspath(mountpoint)))
     config.source = source
     config.options["nonempty"] = ""  # mount(8) covers whatever is there

@@ -137,6 +137,11 @@ def inval_inode(nodeid: int, offset: int, length: int) -> bytes:
     return abi.NOTIFY_INVAL_INODE_OUT.pack(40, abi.NOTIFY_INVAL_INODE, 0, nodeid, offset, length)
 
 
+def inc_epoch() -> bytes:
+    """All entries that the kernel has are void from now on (Linux 6.16; EINVAL before)."""
+    return abi.OUT_HEADER.pack(16, abi.NOTIFY_INC_EPOCH, 0)
+
+
 def resend() -> bytes:
     """Asks for every request that was read and not answered (by a predecessor) once more."""
     return abi.OUT_HEADER.pack(16, abi.NOTIFY_RESEND, 0)

@@ -209,6 +209,14 @@ class DirectSession:
     def invalidate_entry(self, parent: int, name: bytes) -> None:
         self._notify(wire_channel.inval_entry(parent, name))
 
+    def expire_entries(self) -> bool:
+        """Not for the thread that answers."""
+        try:
+            self._channel.notify(wire_channel.inc_epoch())
+        except OSError:
+            return False
+        return True
+
     def invalidate_inode(self, nodeid: int, offset: int = 0, length: int = 0) -> None:
         self._notify(wire_channel.inval_inode(nodeid, offset, length))
 

@@ -124,6 +124,14 @@ class Pyfuse3Session:
         if number is not None:
             self._notify(channel.inval_entry(number, name))
 
+    def expire_entries(self) -> bool:
+        """Not for the thread that answers."""
+        try:
+            self._send(channel.inc_epoch())
+        except OSError:
+            return False
+        return True
+
     def invalidate_inode(self, nodeid: int, offset: int = 0, length: int = 0) -> None:
         number = self._handlers.numbers.of(nodeid)
         if number is not None:

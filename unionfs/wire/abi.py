@@ -84,7 +84,7 @@ FSYNC_FDATASYNC = 1 << 0
 SETXATTR_ACL_KILL_SGID = 1 << 0
 UNIQUE_RESEND = 1 << 63  # set in `unique` of a request that the kernel sends a second time
 
-NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_RESEND = 2, 3, 7
+NOTIFY_INVAL_INODE, NOTIFY_INVAL_ENTRY, NOTIFY_RESEND, NOTIFY_INC_EPOCH = 2, 3, 7, 8
 
 # --- device ioctls ---------------------------------------------------------------------------------------------------
 DEV_IOC_BACKING_OPEN = 0x4010E501

@@ -24,7 +24,7 @@ DATA_MODES = ("noopen", "cached", "passthrough")
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("unionfs")
     group.addoption("--driver", default="overlay", help="drivers to test, comma-separated")
-    group.addoption("--session", default="direct", help="sessions to test, comma-separated")
+    group.addoption("--session", default="direct,pyfuse3", help="sessions to test, comma-separated")
     group.addoption("--data", default="noopen", help="data modes of the direct session, comma-separated")
     group.addoption("--against", choices=sorted(ORACLES), help="run the suite on an oracle instead of ours")
 

@@ -58,6 +58,7 @@ def test_others_may_use_it(make_union: Maker) -> None:
     child(lambda: (u / "open/n").write_text("n"), uid=12345)
 
 
+@pytest.mark.needs("kernel_format")
 def test_redirects_off(make_union: Maker) -> None:
     """redirect_dir=off: renaming a lower directory is EXDEV, which mv copes with; own directories still move."""
     u = make_union([{"d/x": "x"}], options="redirect_dir=off")
@@ -67,6 +68,7 @@ def test_redirects_off(make_union: Maker) -> None:
     assert sorted(os.listdir(u.merged)) == ["d", "moved"]
 
 
+@pytest.mark.needs("kernel_format")
 def test_metacopy_off(make_union: Maker) -> None:
     u = make_union([{"f": F(b"x" * 100_000)}], options="metacopy=off")
     os.chmod(u / "f", 0o600)

@@ -65,7 +65,8 @@ def workout(u: Union) -> None:
         assert (u / "f").read_text() == "f+"
         assert os.getxattr(u / "f", "user.x") == b"1"
         assert (u / "big").stat().st_mode & 0o777 == 0o600
-        assert (u.up / "big").stat().st_blocks * 512 < 1 << 20, "a metadata change copied the data"
+        if not u.target.lacks("metacopy"):
+            assert (u.up / "big").stat().st_blocks * 512 < 1 << 20, "a metadata change copied the data"
         assert len((u / "big").read_bytes()) == 2 << 20
         assert sorted(os.listdir(u / "d")) == ["renamed", "y"]
         assert (u / "d/renamed").read_text() == "low"
@@ -96,6 +97,7 @@ def workout(u: Union) -> None:
     assert (u / "big").read_bytes()[:10][:8] == b"data now"
 
 
+@pytest.mark.needs("rootless")
 def test_ordinary_user(make_union: Maker, ordinary_user: int) -> None:
     """Through fusermount3, with whiteouts that need no mknod, xattrs that need no privilege."""
     u = owned(make_union, ordinary_user, LOWERS)
@@ -142,6 +144,7 @@ def test_ordinary_user_umount(make_union: Maker, ordinary_user: int) -> None:
     assert not is_mounted(u.merged)
 
 
+@pytest.mark.needs("rootless")
 def test_user_namespace(make_union: Maker, ordinary_user: int) -> None:
     """Root of a user namespace mounts directly; what it leaves works again for the same user outside."""
     u = owned(make_union, ordinary_user, LOWERS)
@@ -167,6 +170,7 @@ def test_user_namespace(make_union: Maker, ordinary_user: int) -> None:
 
 
 @pytest.mark.needs("kernel_format")
+@pytest.mark.needs("rootless")
 def test_user_namespace_and_kernel(make_union: Maker, ordinary_user: int) -> None:
     """The kernel's userxattr overlay (no redirects, no metacopy) shows the same tree."""
     u = owned(make_union, ordinary_user, [{"f": "f", "d/x": "x", "d/y": "y", "o/z": "z"}, {"d/w": "w"}])

@@ -33,6 +33,8 @@ class Target:
             return ORACLES[self.driver].get(feature)
         if self.session == "pyfuse3" and feature in limits.PYFUSE3:
             return limits.PYFUSE3[feature]
+        if self.data == "passthrough" and feature in limits.PASSTHROUGH:
+            return limits.PASSTHROUGH[feature]
         return DRIVERS[self.driver].get(feature)
 
 
@@ -41,6 +43,10 @@ DRIVERS: dict[str, dict[str, str]] = {
     "overlay": {},
     "aufs": limits.AUFS,
 }
+
+# What runs unless the command line asks for something else; tests marked every_data_mode run DATA_MATRIX too.
+MATRIX = [Target("overlay", "direct", "noopen"), Target("overlay", "pyfuse3"), Target("aufs", "direct", "noopen")]
+DATA_MATRIX = [Target("overlay", "direct", "cached"), Target("overlay", "direct", "passthrough")]
 
 # What the suite mounts a driver with, beside what the test asks for.
 OPTIONS: dict[str, str] = {

@@ -71,6 +71,7 @@ class Node:
 WHITEOUT = Node("c", 0, 0, 0)
 Spec = str | bytes | F | D | L | Hard | Node
 Tree = dict[str, Spec]
+PREFIXES = ("trusted.", "user.")
 KINDS = {"c": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO, "s": stat.S_IFSOCK}
 
 
@@ -85,8 +86,8 @@ def in_aufs_format(tree: Tree) -> Tree:
         folder, slash, name = path.rpartition("/")
         if spec == WHITEOUT:
             out[f"{folder}{slash}.wh.{name}"] = F("", 0o444)
-        elif isinstance(spec, D) and spec.xattrs.get("trusted.overlay.opaque") == b"y":
-            kept = {key: value for key, value in spec.xattrs.items() if key != "trusted.overlay.opaque"}
+        elif isinstance(spec, D) and b"y" in (spec.xattrs.get(prefix + "overlay.opaque") for prefix in PREFIXES):
+            kept = {key: value for key, value in spec.xattrs.items() if not key.endswith(".overlay.opaque")}
             out[path] = D(spec.mode, spec.uid, spec.gid, kept)
             out[f"{path}/.wh..wh..opq"] = F("", 0o444)
         else:

@@ -182,6 +182,8 @@ class Lookup(Base):
         more.index = entry
         marks = self.driver.file_marks(index, entry)
         if marks is not None:
+            if marks.ino is not None:
+                node.ino = marks.ino  # the lower name's own may be a copy too, with a number from further down
             more.nlink_delta = marks.index_delta or 0
             if marks.metacopy:
                 more.data = (ldir, name)

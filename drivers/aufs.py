@@ -13,6 +13,7 @@ import os
 
 from unionfs.api import MountConfig
 from unionfs.core.driver import NO_MARKS, Driver, FileMarks, Marks
+from unionfs.core.idmap import OPTIONS
 from unionfs.core.layers import Fd, FdCache, Layer, LDir, fd_path
 from unionfs.errors import EXIT_USAGE, MountError
 from unionfs.sysio import RENAME_EXCHANGE, renameat2
@@ -61,15 +62,7 @@ class AufsDriver(Driver):
         "rdblk": "accepted, no effect",
         "rdhash": "accepted, no effect",
         "volatile": "sync nothing: fast, and lost in a power cut",
-        "uidmapping": "ID:DISK_ID:LENGTH:…: owners in the mount and on disk",
-        "gidmapping": "ID:DISK_ID:LENGTH:…: groups in the mount and on disk",
-        "squash_to_root": "everything belongs to root",
-        "squash_to_uid": "UID: everything belongs to that user",
-        "squash_to_gid": "GID: everything belongs to that group",
-        "xattr_permissions": "0|1|2: owner and mode are kept in an xattr (2: user.containers.override_stat)",
-        "static_nlink": "directories have a link count of 1 (no need to list them to know)",
-        "noacl": "no POSIX ACLs",
-        "noxattrs": "1: no extended attributes for users",
+        **OPTIONS,
     }
 
     def __init__(self, config: MountConfig) -> None:

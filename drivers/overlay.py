@@ -12,12 +12,13 @@ import os
 from stat import S_ISCHR, S_ISDIR
 
 from unionfs.api import MountConfig
-from unionfs.core.driver import NO_MARKS, Driver, FileMarks, Marks
+from unionfs.core.idmap import OPTIONS
 from unionfs.core.layers import FdCache, Layer, LDir, fd_path
 from unionfs.errors import EXIT_LAYER, EXIT_PERMISSION, EXIT_USAGE, MountError
 from unionfs.sysio import RENAME_EXCHANGE, RENAME_WHITEOUT, renameat2
 
 from . import branches, origin
+from .overlay_marks import PREFIXES, WH_OPAQUE, OverlayMarks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,12 +27,7 @@ if TYPE_CHECKING:
     from unionfs.core.driver import Probe
 
 WH = b".wh."
-WH_OPAQUE = b".wh..wh..opq"
 MAX_LOWERS = 500
-_PREFIXES = ("trusted.overlay.", "user.overlay.")
-_FUSE_OVERLAYFS = "user.fuseoverlayfs."
-_INO = "unionfs.ino"
-_NESTED = "unionfs.whiteout"
 
 
 def flag(options: dict[str, str], name: str, default: bool) -> bool:
@@ -45,7 +41,7 @@ def flag(options: dict[str, str], name: str, default: bool) -> bool:
     raise MountError(f"{name}={value}: must be on or off", EXIT_USAGE)
 
 
-class OverlayDriver(Driver):
+class OverlayDriver(OverlayMarks):
     name = "overlay"
     options = {  # noqa: RUF012
         "redirect_dir": "on|off: rename directories of lower layers by a redirect (default on; off: EXDEV)",
@@ -55,35 +51,27 @@ class OverlayDriver(Driver):
         "fsync": "0: same as volatile",
         "xino": "accepted: inode numbers are always made distinct",
         "userxattr": "marks in user.overlay.* xattrs even with the privilege for trusted.overlay.*",
-        "uidmapping": "ID:DISK_ID:LENGTH:…: owners in the mount and on disk",
-        "gidmapping": "ID:DISK_ID:LENGTH:…: groups in the mount and on disk",
-        "squash_to_root": "everything belongs to root",
-        "squash_to_uid": "UID: everything belongs to that user",
-        "squash_to_gid": "GID: everything belongs to that group",
-        "static_nlink": "directories have a link count of 1 (no need to list them to know)",
-        "noacl": "no POSIX ACLs",
-        "noxattrs": "1: no extended attributes for users",
-        "xattr_permissions": "0|1|2: owner and mode are kept in an xattr (2: user.containers.override_stat)",
+        **OPTIONS,
     }
 
     def __init__(self, config: MountConfig) -> None:
         super().__init__(config)
         self.fds = FdCache(branches.fd_budget())
-        self.ino_bases: dict[int, int] = {}
-        self.prefix = "trusted.overlay."
-        self.has_xattrs = True
         self.wh_files = False  # whiteouts of ours are .wh. files
-        self.index_entries: set[bytes] = set()
-        self._index: LDir | None = None
         self._holder: LDir | None = None
+        self._tmp_count = 0
+        # options first: a bad one must be refused before anything is touched
+        redirects, metacopy, index = (
+            flag(config.options, name, True) for name in ("redirect_dir", "metacopy", "index")
+        )
+        self.volatile = flag(config.options, "volatile", False) or not flag(config.options, "fsync", True)
         self._open_layers(config)
         self.bottom = len(self.layers) - 1
         self.ino_bases = origin.device_bases(self.layers)
-        self.redirects = flag(config.options, "redirect_dir", True) and self.has_xattrs
-        self.metacopy = flag(config.options, "metacopy", True) and self.has_xattrs and self.redirects
-        self.volatile = flag(config.options, "volatile", False) or not flag(config.options, "fsync", True)
+        self.redirects = redirects and self.has_xattrs
+        self.metacopy = metacopy and self.redirects
         if not self.read_only:
-            self._open_index(flag(config.options, "index", True) and self.has_xattrs)
+            self._open_index(index and self.has_xattrs)
 
     # --- opening ---
 
@@ -139,7 +127,7 @@ class OverlayDriver(Driver):
                 f"upper {branches.show(top.path)}: not writable: {e.strerror}; leave out upper for a read-only mount",
                 EXIT_PERMISSION,
             ) from None
-        candidates = _PREFIXES[1:] if "userxattr" in self.config.options else _PREFIXES
+        candidates = PREFIXES[1:] if "userxattr" in self.config.options else PREFIXES
         for prefix in candidates:
             try:
                 os.setxattr(fd_path(fd, b"#probe"), prefix + "opaque", b"y")
@@ -199,11 +187,6 @@ class OverlayDriver(Driver):
             return False
         return os.access(WH + name, os.F_OK, dir_fd=ldir.open().n, follow_symlinks=False)
 
-    @staticmethod
-    def _xattr_whiteout(ldir: LDir, name: bytes) -> bool:
-        names = os.listxattr(fd_path(ldir.open(), name), follow_symlinks=False)
-        return any(prefix + "whiteout" in names for prefix in _PREFIXES)
-
     def scan(self, ldir: LDir) -> tuple[list[tuple[bytes, bool]], list[bytes]]:
         entries: list[tuple[bytes, bool]] = []
         whiteouts: list[bytes] = []
@@ -226,71 +209,6 @@ class OverlayDriver(Driver):
                     elif st is False:
                         whiteouts.append(name)
         return entries, whiteouts
-
-    def marks(self, ldir: LDir) -> Marks:
-        fd = ldir.open()
-        opaque = False
-        redirect: bytes | None = None
-        impure = False
-        for name in self._listxattr(fd_path(fd), True):
-            key = _key(name)
-            if key == "opaque":
-                value = os.getxattr(fd_path(fd), name)
-                if value == b"x":
-                    ldir.xwhiteouts = True
-                elif value == b"y":
-                    opaque = True
-            elif key == "redirect":
-                redirect = os.getxattr(fd_path(fd), name)
-            elif key == "impure":
-                impure = True
-        ldir.impure = impure
-        if not opaque and os.access(WH_OPAQUE, os.F_OK, dir_fd=fd.n, follow_symlinks=False):
-            opaque = True
-        return Marks(opaque, redirect) if opaque or redirect is not None else NO_MARKS
-
-    @staticmethod
-    def _listxattr(path: bytes, follow: bool) -> list[str]:
-        try:
-            return os.listxattr(path, follow_symlinks=follow)
-        except OSError as e:
-            if e.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
-                return []
-            raise
-
-    def file_marks(self, ldir: LDir, name: bytes) -> FileMarks | None:
-        if ldir.impure is None:
-            self.marks(ldir)
-        if not ldir.impure:
-            return None
-        fd = ldir.open()
-        path = fd_path(fd, name)
-        marks: FileMarks | None = None
-        entry: bytes | None = None
-        for xattr in self._listxattr(path, False):
-            key = _key(xattr)
-            if key is None:
-                continue
-            if marks is None:
-                marks = FileMarks()
-            value = os.getxattr(path, xattr, follow_symlinks=False)
-            if key == _INO:
-                marks.ino = int(value)
-            elif key == "origin":
-                entry = value.hex().encode()
-                if marks.ino is None:
-                    marks.ino = origin.shown_ino(value, self.layers, self.ino_bases)
-            elif key == "metacopy":
-                marks.metacopy = True
-            elif key == "redirect":
-                marks.redirect = value
-            elif key == "nlink":
-                marks.index_delta = _nlink_delta(value)
-            elif key == _NESTED:
-                marks.nested_whiteout = True
-        if marks is not None and entry in self.index_entries:
-            marks.index = entry
-        return marks
 
     def reserved(self, name: bytes) -> bool:
         return name.startswith(WH)
@@ -336,7 +254,7 @@ class OverlayDriver(Driver):
             self._dispose(work, tmp)
 
     def _tmp(self) -> bytes:
-        self._tmp_count = getattr(self, "_tmp_count", 0) + 1
+        self._tmp_count += 1
         return b"#w%x" % self._tmp_count
 
     def _dispose(self, work: LDir, tmp: bytes) -> None:
@@ -397,21 +315,9 @@ class OverlayDriver(Driver):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         fd = os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0, dir_fd=dirfd)
         try:
-            os.setxattr(fd, self.prefix + _NESTED, b"y")
+            self.mark_nested_whiteout(fd)
         finally:
             os.close(fd)
-
-    def set_opaque(self, ldir: LDir, name: bytes) -> None:
-        path = fd_path(ldir.open(), name)
-        if self.has_xattrs:
-            os.setxattr(path, self.prefix + "opaque", b"y", follow_symlinks=False)
-        else:
-            os.close(os.open(path + b"/" + WH_OPAQUE, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-
-    def set_redirect(self, ldir: LDir, name: bytes, path: bytes) -> None:
-        if not self.redirects:
-            super().set_redirect(ldir, name, path)
-        os.setxattr(fd_path(ldir.open(), name), self.prefix + "redirect", path, follow_symlinks=False)
 
     def clear_dir(self, ldir: LDir, name: bytes) -> None:
         inner = ldir.child(name)
@@ -427,85 +333,7 @@ class OverlayDriver(Driver):
         os.rename(name, tmp, src_dir_fd=ldir.open().n, dst_dir_fd=work.open().n)
         self._dispose(work, tmp)
 
-    def mark_copy(self, path: bytes | int, source: LDir, name: bytes, ino: int, follow: bool) -> None:
-        if not self.has_xattrs:
-            return
-        shown: int | None = None
-        try:
-            value = origin.encode(source, name)
-            os.setxattr(path, self.prefix + "origin", value, follow_symlinks=follow)
-            shown = origin.shown_ino(value, self.layers, self.ino_bases)
-        except OSError as e:
-            if e.errno not in (errno.EOPNOTSUPP, errno.EPERM, errno.EOVERFLOW):
-                raise
-            if not follow:  # a symlink or device of an ordinary user can't have user.* xattrs
-                return
-        if shown != ino:
-            os.setxattr(path, self.prefix + _INO, b"%d" % ino, follow_symlinks=follow)
-
-    def mark_impure(self, ldir: LDir) -> None:
-        if self.has_xattrs:
-            os.setxattr(fd_path(ldir.open()), self.prefix + "impure", b"y")
-            ldir.impure = True
-
-    def mark_metacopy(self, path: bytes | int, redirect: bytes, follow: bool) -> None:
-        os.setxattr(path, self.prefix + "redirect", redirect, follow_symlinks=follow)
-        os.setxattr(path, self.prefix + "metacopy", b"", follow_symlinks=follow)
-
-    def clear_metacopy(self, fd: int) -> None:
-        for prefix in _PREFIXES:
-            for key in ("metacopy", "redirect"):
-                try:
-                    os.removexattr(fd, prefix + key)
-                except OSError as e:
-                    if e.errno not in (errno.ENODATA, errno.EPERM, errno.EOPNOTSUPP):
-                        raise
-
-    # --- hard links over copy-up ---
-
-    def index_dir(self, layer: Layer) -> LDir | None:
-        return self._index
-
-    def index_name(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
-        try:
-            return origin.encode(source, name).hex().encode()
-        except OSError:
-            return None
-
-    def index_find(self, source: LDir, name: bytes, st: os.stat_result) -> tuple[LDir, bytes] | None:
-        if not self.index_entries or self._index is None:
-            return None
-        entry = self.index_name(source, name, st)
-        return (self._index, entry) if entry is not None and entry in self.index_entries else None
-
-    def index_added(self, index: LDir, entry: bytes) -> None:
-        self.index_entries.add(entry)
-
-    def index_removed(self, index: LDir, entry: bytes) -> None:
-        self.index_entries.discard(entry)
-
-    def set_nlink_delta(self, path: bytes, delta: int) -> None:
-        os.setxattr(path, self.prefix + "nlink", b"U%+d" % delta, follow_symlinks=b"/" not in path[14:])
-
     # --- xattrs and people ---
-
-    def xattr_in(self, name: bytes) -> bytes | None:
-        """A user's own overlay marks (of an overlay stacked on this mount) are escaped as the kernel does it."""
-        for prefix in (b"trusted.overlay.", b"user.overlay."):
-            if name.startswith(prefix):
-                return prefix + b"overlay." + name[len(prefix) :]
-        if name.startswith(_FUSE_OVERLAYFS.encode()):
-            return None
-        return name
-
-    def xattr_out(self, name: str) -> bytes | None:
-        for prefix in _PREFIXES:
-            if name.startswith(prefix):
-                rest = name[len(prefix) :]
-                return os.fsencode(prefix + rest[8:]) if rest.startswith("overlay.") else None
-        if name.startswith(_FUSE_OVERLAYFS) and not name.startswith(_FUSE_OVERLAYFS + "security."):
-            return None
-        return os.fsencode(name)
 
     def name_max(self, native: int) -> int:
         return min(native, 255 - len(WH)) if self.wh_files else native
@@ -519,19 +347,3 @@ class OverlayDriver(Driver):
             "index": self.index,
             "volatile": self.volatile,
         }
-
-
-def _key(name: str) -> str | None:
-    """The overlay mark that an xattr is, None for users' own."""
-    for prefix in (*_PREFIXES, _FUSE_OVERLAYFS):
-        if name.startswith(prefix):
-            key = name[len(prefix) :]
-            return None if key.startswith(("overlay.", "security.")) else key
-    return None
-
-
-def _nlink_delta(value: bytes) -> int | None:
-    text = value[1:].decode("ascii", "replace")
-    if value[:1] == b"U" and text[:1] in "+-" and text[1:].isdigit():
-        return int(text)
-    return None

@@ -27,6 +27,19 @@ _TYPES = {
 }  # fmt: skip
 _TYPE_NAMES = {S_IFDIR: "dir", S_IFLNK: "symlink", S_IFIFO: "pipe", S_IFSOCK: "socket", S_IFREG: "file"}
 
+# What the core itself understands, whatever the driver: part of each driver's `options`.
+OPTIONS = {
+    "uidmapping": "ID:DISK_ID:LENGTH:…: owners in the mount and on disk",
+    "gidmapping": "ID:DISK_ID:LENGTH:…: groups in the mount and on disk",
+    "squash_to_root": "everything belongs to root",
+    "squash_to_uid": "UID: everything belongs to that user",
+    "squash_to_gid": "GID: everything belongs to that group",
+    "static_nlink": "directories have a link count of 1 (no need to list them to know)",
+    "noacl": "no POSIX ACLs",
+    "noxattrs": "1: no extended attributes for users",
+    "xattr_permissions": "0|1|2: owner and mode are kept in an xattr (2: user.containers.override_stat)",
+}
+
 Range = tuple[int, int, int]  # first id in the mount, first id on disk, length
 
 

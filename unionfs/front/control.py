@@ -88,6 +88,7 @@ class ControlServer:
         self._handlers: dict[str, Handler] = {}
         self._socket: _socket.socket | None = None
         self.path = ""
+        self._inode = 0  # of our socket
 
     def register(self, name: str, handler: Handler) -> None:
         """`handler(**arguments)` returns what JSON can carry, or raises MountError, OSError or ValueError."""
@@ -102,6 +103,7 @@ class ControlServer:
         listener.bind(unfinished)
         os.chmod(unfinished, 0o600)
         listener.listen(16)
+        self._inode = os.stat(unfinished).st_ino
         os.rename(unfinished, self.path)
         self._socket = listener
 
@@ -119,7 +121,9 @@ class ControlServer:
     def close(self) -> None:
         if self._socket is not None:
             try:
-                os.unlink(self.path)
+                # After the unmount the device number may be another mount's already, and the socket its.
+                if os.stat(self.path).st_ino == self._inode:
+                    os.unlink(self.path)
             except FileNotFoundError:
                 pass
             try:

@@ -230,7 +230,7 @@ class Union(RuleBasedStateMachine):
 
 
 def test_random_histories() -> None:
-    examples = int(os.environ.get("UNIONFS_AUFS_EXAMPLES", "12"))
+    examples = int(os.environ.get("UNIONFS_AUFS_EXAMPLES", "40"))
     run_state_machine_as_test(
         Union,
         settings=settings(

@@ -77,8 +77,8 @@ def test_metacopy_off(make_union: Maker) -> None:
 
 
 def test_log_file(make_union: Maker, tmp_path: Path) -> None:
-    """log=FILE takes the server's messages; nothing to say means an empty file."""
+    """log=FILE takes the server's messages, of which there are none here (libfuse may have its own)."""
     u = make_union([{"f": "x"}], options=f"log={tmp_path / 'log'}")
     (u / "f").read_text()
     u.umount()
-    assert (tmp_path / "log").read_text() == ""
+    assert [line for line in (tmp_path / "log").read_text().splitlines() if not line.startswith("fuse_")] == []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.mounts import Maker, Union, is_mounted, unionfs
 from support.procs import child, errno_of, in_user_namespace
+from support.sys import capability
 from support.trees import WHITEOUT, D, F, Hard, L, Tree, opaque
 
 pytestmark = pytest.mark.needs("ours")
@@ -257,3 +258,16 @@ def test_xattr_permissions(make_union: Maker, level: str) -> None:
     u.umount()
     names = [x for name in ("f", "d") for x in os.listxattr(u.up / name)]
     assert any("override_stat" in x for x in names), names
+
+
+def test_security_xattrs_isolated(make_union: Maker) -> None:
+    """xattr_permissions=2: security.* set on the mount is seen there, and means nothing to the host's kernel."""
+    u = make_union([{"f": F("x", 0o755)}], options="xattr_permissions=2", compare=False)
+    os.setxattr(u / "f", "security.capability", capability(1 << 10))
+    for _ in range(2):
+        assert os.getxattr(u / "f", "security.capability") == capability(1 << 10)
+        assert "security.capability" in os.listxattr(u / "f")
+        assert [x for x in os.listxattr(u / "f") if "containers" in x] == []
+        u.remount()
+    u.umount()
+    assert "security.capability" not in os.listxattr(u.up / "f")

@@ -355,3 +355,14 @@ def test_many_and_large(make_union: Maker) -> None:
     assert errno_of(os.setxattr, u / "f", "user.toobig", b"v" * 65537) == 7
     assert errno_of(os.setxattr, u / "f", "user.full", b"v" * 60000) in (0, 28, 7)
     assert os.getxattr(u / "f", "user.key000") == b"v" * 10
+
+
+def test_value_of_4000_bytes(make_union: Maker) -> None:
+    """The largest that ext4 takes in one block, kept over copy-up and settable anew."""
+    value = bytes(range(250)) * 16
+    u = make_union([{"f": F("x", xattrs={"user.big": value})}], {"g": "y"})
+    os.chmod(u / "f", 0o600)
+    os.setxattr(u / "g", "user.big", value)
+    for _ in range(2):
+        assert os.getxattr(u / "f", "user.big") == os.getxattr(u / "g", "user.big") == value
+        u.remount()

@@ -62,8 +62,8 @@ class Attributes(Data):
     def _disk_name(self, name: bytes) -> bytes:
         if self.idmap.noacl and name in _ACLS:
             raise fail(errno.EOPNOTSUPP, name)
-        disk = self.idmap.xattr_in(name)
-        disk = self.driver.xattr_in(disk) if disk is not None else None
+        disk = self.driver.xattr_in(name)
+        disk = self.idmap.xattr_in(disk) if disk is not None else None
         if disk is None:
             raise fail(errno.EOPNOTSUPP, name)
         return disk

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from unionfs.core.nodes import Node
 
 # mode → xattr; 1 needs privileges to write, 2 is containers/storage's name
+_SECURITY = b"user.fuseoverlayfs.security."
 _XATTRS = {"1": "security.fuseoverlayfs.override_stat", "2": "user.containers.override_stat"}
 _TYPES = {
     "dir": S_IFDIR, "symlink": S_IFLNK, "pipe": S_IFIFO, "socket": S_IFSOCK, "file": S_IFREG,
@@ -221,7 +222,7 @@ class IdMap:
 
     def xattr_in(self, name: bytes) -> bytes | None:
         """With xattr_permissions=2 the container's security xattrs are kept apart, and ours is out of reach."""
-        if self.noxattrs:
+        if self.noxattrs or name.startswith(_SECURITY):  # nobody writes there directly: it would be believed later
             return None
         if self.xattr is None:
             return name
@@ -232,10 +233,9 @@ class IdMap:
         return name
 
     def xattr_out(self, name: bytes) -> bytes | None:
-        if self.xattr is None:
-            return name
-        if name == self.xattr.encode():
+        if name.startswith(_SECURITY):
+            apart = self.xattr is not None and self.xattr.startswith("user.")
+            return name[len(b"user.fuseoverlayfs.") :] if apart else None
+        if self.xattr is not None and name == self.xattr.encode():
             return None
-        if name.startswith(b"user.fuseoverlayfs.security."):
-            return name[len(b"user.fuseoverlayfs.") :]
         return name

@@ -44,13 +44,15 @@ class CachedOpens:
 
 
 class _Inode:
-    """An open inode: how often, by which backing id (0: cached), for which file, and whether that may be written."""
+    """An open inode: how often, by which backing id (0: cached, maybe with earlier pages), for which file, and whether
+    that may be written."""
 
-    __slots__ = ("backing", "file", "opens", "write")
+    __slots__ = ("backing", "file", "keep", "opens", "write")
 
     def __init__(self, write: bool) -> None:
         self.opens = 0
         self.backing = 0
+        self.keep = False
         self.file: tuple[int, int] | None = None
         self.write = write
 
@@ -58,7 +60,8 @@ class _Inode:
 class PassthroughOpens:
     """Files with one plain backing descriptor are read and written by the kernel; the rest is cached.
 
-    A cached file keeps no pages from an earlier open here: it may have been written by passthrough in between.
+    A cached file keeps its pages from one open to the next where it never had a descriptor to pass (it lies in a lower
+    layer): once it has one, that stays so. Where passing it failed, it keeps none: it may have been passed before.
     """
 
     def __init__(self, ops: Operations, channel: Channel) -> None:
@@ -88,12 +91,13 @@ class PassthroughOpens:
                 self._passed += 1
                 return abi.FOPEN_PASSTHROUGH | abi.FOPEN_NOFLUSH, inode.backing
             self._cached += 1
-            return (abi.FOPEN_NOFLUSH if first else KEEP), 0
+            return (abi.FOPEN_NOFLUSH if first and not inode.keep else KEEP), 0
 
     def _register(self, nodeid: int, write: bool) -> _Inode:
         inode = _Inode(write)
         try:
             fd = self._ops.backing_fd(nodeid, write)
+            inode.keep = fd is None
             if fd is not None:
                 try:
                     inode.file = _identity(fd)

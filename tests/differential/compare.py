@@ -114,6 +114,13 @@ def mapped_write(case: Case) -> bool:
     return any(op[0] == "mapwrite" for op in case.history) and bool(strip(case.expected) == strip(case.got))
 
 
+def setgid_alone(case: Case) -> bool:
+    if not (isinstance(case.got, tuple) and isinstance(case.expected, tuple) and len(case.got) == 7):
+        return False
+    mode = case.got[0]
+    return bool(mode[6:7] == "S" and case.expected == (mode[:6] + "-" + mode[7:], *case.got[1:]))
+
+
 DESIGNED = [
     # the kernel's overlayfs, where ours is as the plain directory
     Rule(
@@ -124,6 +131,10 @@ DESIGNED = [
     Rule(
         KERNEL, "a descriptor opened read-only before a copy-up goes on reading the lower file",
         lambda case: case.verb in ("pread", "read", "map", "mapread", "seek", "copyrange") and slot_is_read_only(case),
+    ),
+    Rule(
+        KERNEL, "copying up may fill the holes of a file",
+        lambda case: case.verb == "seek" and case.args[2] in (os.SEEK_DATA, os.SEEK_HOLE),
     ),
     Rule(
         KERNEL, "a lower file that is removed while open keeps a link count of 1",
@@ -159,6 +170,10 @@ DESIGNED = [
     Rule(
         OURS, "chown that changes neither owner nor group keeps set-id bits: the kernel tells FUSE nothing",
         lambda case: case.verb in ("chown", "fchown") and case.args[1:] == (-1, -1), ends=True,
+    ),
+    Rule(
+        FUSE, "setgid without group execution stays when somebody else writes: FUSE's flag is for executables",
+        setgid_alone, ends=True,
     ),
     Rule(
         OURS, "a write through a mapping changes mtime, and drops capabilities, when its page is written back",

@@ -409,10 +409,7 @@ class AufsDriver(Driver):
         return index
 
     def index_name(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
-        try:
-            return origin.encode(source, name).hex().encode()
-        except OSError:
-            return None
+        return origin.index_name(source, name)
 
     def index_find(self, source: LDir, name: bytes, st: os.stat_result) -> tuple[LDir, bytes] | None:
         entry: bytes | None = None

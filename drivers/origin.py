@@ -6,6 +6,7 @@ The inode number inside it is what keeps st_ino the same over copy-up.
 
 from __future__ import annotations
 
+import errno
 import struct
 
 from unionfs import sysio
@@ -30,6 +31,16 @@ def encode(source: LDir, name: bytes) -> bytes:
     """The origin value for source/name (b"": source itself). OSError where the filesystem has no handles."""
     kind, handle = sysio.name_to_handle(source.open().n, name)
     return _HEADER.pack(0, _MAGIC, _HEADER.size + len(handle), 0, kind & 0xFF, layer_uuid(source.layer)) + handle
+
+
+def index_name(source: LDir, name: bytes) -> bytes | None:
+    """The name of source/name's entry in the index. None where the filesystem has no handles: no index then."""
+    try:
+        return encode(source, name).hex().encode()
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.EOVERFLOW):
+            raise
+        return None
 
 
 def inode(value: bytes) -> tuple[bytes, int] | None:

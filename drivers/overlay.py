@@ -273,7 +273,10 @@ class OverlayDriver(OverlayMarks):
             os.rename(tmp, name, src_dir_fd=wfd.n, dst_dir_fd=fd.n)
         except NotADirectoryError:  # a directory takes the place of a whiteout
             renameat2(wfd.n, tmp, fd.n, name, RENAME_EXCHANGE)
-            os.unlink(tmp, dir_fd=wfd.n)
+            try:
+                os.unlink(tmp, dir_fd=wfd.n)
+            except OSError:
+                pass  # what was to be done is done; the next mount empties work
         self.drop_whiteout_beside(ldir, name)
 
     def move(self, src: LDir, name: bytes, dst: LDir, newname: bytes, leave_whiteout: bool, is_dir: bool) -> None:

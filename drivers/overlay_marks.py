@@ -161,10 +161,7 @@ class OverlayMarks(Driver):
         return self._index
 
     def index_name(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
-        try:
-            return origin.encode(source, name).hex().encode()
-        except OSError:
-            return None
+        return origin.index_name(source, name)
 
     def index_find(self, source: LDir, name: bytes, st: os.stat_result) -> tuple[LDir, bytes] | None:
         if not self.index_entries or self._index is None:

@@ -124,6 +124,7 @@ class CopyUp(Placement):
             done = threading.Event()
             if self.copying.setdefault(node, done) is not done:
                 continue
+            known = node.nlookup > 0  # else it is the caller's, who settles it
             try:
                 if node.ldir.layer.writable:
                     self._copy_data_up(node, length)
@@ -132,7 +133,7 @@ class CopyUp(Placement):
             finally:
                 del self.copying[node]
                 done.set()
-                if node.nlookup <= 0 and node.id:
+                if known and node.nlookup <= 0 and node.id:
                     self.forget(node.id, 0)
             return
 
@@ -292,8 +293,12 @@ class CopyUp(Placement):
                 return
             delta = st.st_nlink - 2  # two names in upper now: the index entry and this one
             self.driver.set_nlink_delta(fd_path(work.open(), tmp), delta)
-            os.link(tmp, entry, src_dir_fd=work.open().n, dst_dir_fd=index.open().n, follow_symlinks=False)
-            self.driver.publish(work, tmp, into, node.name, False)
+            self._link_index(work, tmp, index, entry)
+            try:
+                self.driver.publish(work, tmp, into, node.name, False)
+            except BaseException:
+                os.unlink(entry, dir_fd=index.open().n)
+                raise
         self.driver.index_added(index, entry)
         more = node.extra()
         more.index = entry
@@ -305,6 +310,15 @@ class CopyUp(Placement):
         if node.parent is not None:
             self._name_added(node.parent, node.name, into, False, new=False)
 
+    @staticmethod
+    def _link_index(work: LDir, tmp: bytes, index: LDir, entry: bytes) -> None:
+        wfd, fd = work.open(), index.open()
+        try:
+            os.link(tmp, entry, src_dir_fd=wfd.n, dst_dir_fd=fd.n, follow_symlinks=False)
+        except FileExistsError:  # of a copy-up that failed here, and could not take it back
+            os.unlink(entry, dir_fd=fd.n)
+            os.link(tmp, entry, src_dir_fd=wfd.n, dst_dir_fd=fd.n, follow_symlinks=False)
+
     def _copy_data_up(self, node: Node, length: int) -> None:
         """A metacopy gets its data: into the same inode, the mark goes last."""
         src = self._open_source(node)
@@ -313,7 +327,7 @@ class CopyUp(Placement):
         try:
             sysio.copy_data(src.n, fd.n, length)
         finally:
-            os.utime(fd.n, ns=(st.st_atime_ns, st.st_mtime_ns))
+            _put_times_back(fd.n, st)
         if not self.driver.volatile:
             sysio.start_writeback(fd.n)  # the mark's removal must not reach the disk before the data
         self.driver.clear_metacopy(fd.n)
@@ -447,7 +461,12 @@ class _TimesKept:
         self.st = os.fstat(self.ldir.open().n)
 
     def __exit__(self, *_: object) -> None:
-        try:
-            os.utime(self.ldir.open().n, ns=(self.st.st_atime_ns, self.st.st_mtime_ns))
-        except OSError:
-            pass
+        _put_times_back(self.ldir.open().n, self.st)
+
+
+def _put_times_back(fd: int, st: os.stat_result) -> None:
+    """Not worth failing an operation for."""
+    try:
+        os.utime(fd, ns=(st.st_atime_ns, st.st_mtime_ns))
+    except OSError:
+        pass

@@ -12,11 +12,18 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from aufs.harness import Aufs, View, look, merge
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
+from aufs.harness import Aufs, View, look, merge
 from unionfs.errors import MountError
 
 NAMES = ("a", "b", "c")

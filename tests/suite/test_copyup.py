@@ -227,6 +227,7 @@ def test_through_symlink(make_union: Maker) -> None:
     assert os.listdir(u.up) == ["real"]
 
 
+@pytest.mark.needs("whole_copies")
 def test_holes_stay_holes(make_union: Maker) -> None:
     size = 256 << 20
     u = make_union([{"sparse": F(b"head", holes=size)}])

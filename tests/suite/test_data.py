@@ -43,6 +43,7 @@ def test_sizes_and_offsets(make_union: Maker) -> None:
         u.remount()
 
 
+@pytest.mark.needs("whole_copies")
 def test_random_writes(make_union: Maker) -> None:
     """Random reads, writes, truncations and appends against a model, on a file that starts in a lower."""
     rng = random.Random(7)
@@ -186,7 +187,7 @@ def test_direct_io(make_union: Maker) -> None:
     assert (u.up / "f").read_bytes() == b"a" * 4096 + b"d" * 4096 + b"b" * 4096 + b"a" * 4096
 
 
-@pytest.mark.needs("fallocate")
+@pytest.mark.needs("fallocate", "whole_copies")
 def test_fallocate(make_union: Maker) -> None:
     u = make_union([{"low": F(b"a" * 65536)}])
     for name in ("low", "up"):

@@ -30,6 +30,7 @@ def alive(u: Union) -> None:
     os.unlink(u / "alive")
 
 
+@pytest.mark.needs("whole_copies")
 @pytest.mark.every_data_mode
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_full_in_copy_up(disk: Disk, make_union: Maker, kind: str) -> None:
@@ -54,6 +55,7 @@ def test_full_in_copy_up(disk: Disk, make_union: Maker, kind: str) -> None:
     alive(u)
 
 
+@pytest.mark.needs("whole_copies")
 def test_full_in_copy_up_by_many(disk: Disk, make_union: Maker) -> None:
     content = os.urandom(6 << 20)
     u = make_union([{f"f{i}": F(content) for i in range(6)}], upper_on=disk(16), compare=False)

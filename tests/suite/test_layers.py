@@ -82,6 +82,7 @@ def test_upper_elsewhere(disk: Disk, make_union: Maker, kind: str) -> None:
         u.remount()
 
 
+@pytest.mark.needs("no_xattrs")
 @pytest.mark.needs("ours")
 def test_upper_without_xattrs(workspace: Path, make_union: Maker) -> None:
     """An upper that stores no xattrs, like ramfs and some NFS: data, deletions and replaced directories hold."""

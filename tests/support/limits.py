@@ -21,6 +21,12 @@ AUFS = {
     "long_names": "aufs's names are at most 251 bytes long: .wh. goes before them",
 }
 
+ROW = {
+    "no_xattrs": "row keeps the name of a file's block map in an xattr",
+    "whole_copies": "row's upper file holds the redirected blocks only",
+    "kernel_format": "a redirected file's bytes are where the block map says: the kernel's overlayfs sees the old ones",
+}
+
 PASSTHROUGH = {
     "rootless": "passthrough needs CAP_SYS_ADMIN in the initial user namespace",
 }
@@ -47,4 +53,4 @@ FUSE_OVERLAYFS = {
 
 
 def accepted() -> set[str]:
-    return {reason for table in (PYFUSE3, AUFS, PASSTHROUGH, HOST) for reason in table.values()}
+    return {reason for table in (PYFUSE3, AUFS, ROW, PASSTHROUGH, HOST) for reason in table.values()}

@@ -42,10 +42,14 @@ class Target:
 DRIVERS: dict[str, dict[str, str]] = {
     "overlay": {},
     "aufs": limits.AUFS,
+    "row": limits.ROW,
 }
 
 # What runs unless the command line asks for something else; tests marked every_data_mode run DATA_MATRIX too.
-MATRIX = [Target("overlay", "direct", "noopen"), Target("overlay", "pyfuse3"), Target("aufs", "direct", "noopen")]
+MATRIX = [
+    Target("overlay", "direct", "noopen"), Target("overlay", "pyfuse3"), Target("aufs", "direct", "noopen"),
+    Target("row", "direct", "noopen"),
+]  # fmt: skip
 DATA_MATRIX = [Target("overlay", "direct", "cached"), Target("overlay", "direct", "passthrough")]
 
 # What the suite mounts a driver with, beside what the test asks for.

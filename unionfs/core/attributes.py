@@ -30,7 +30,10 @@ class Attributes(Data):
             f = self.files.get(nodeid)
             if f is None or not f.writable:
                 f = self._open_data(node, True)
-            os.ftruncate(f.n, size)
+            if f.plain:
+                os.ftruncate(f.n, size)
+            else:
+                f.truncate(size)
         else:
             self.make_writable(node, data=False)
         at, path, follow = self._at(node)

@@ -38,9 +38,30 @@ class OpenFile(Fd):
 
     __slots__ = ("writable",)
 
+    plain = True  # False: the bytes are not in this one file alone; a driver's subclass knows them
+
     def __init__(self, n: int, writable: bool) -> None:
         self.n = n
         self.writable = writable
+
+    # what a subclass that is not plain does in place of the system calls
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        raise NotImplementedError
+
+    def write_at(self, offset: int, data: memoryview | bytes) -> int:
+        raise NotImplementedError
+
+    def truncate(self, size: int) -> None:
+        raise NotImplementedError
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        raise NotImplementedError
+
+    def seek(self, offset: int, whence: int) -> int:
+        raise NotImplementedError
+
+    def sync(self, datasync: bool) -> None:
+        raise NotImplementedError
 
 
 class Base:

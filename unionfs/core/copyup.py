@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from stat import S_ISLNK, S_ISREG
+from stat import S_IFREG, S_ISLNK, S_ISREG
 
 from unionfs import sysio
 from unionfs.core.base import OpenFile, fail
@@ -106,6 +106,8 @@ class CopyUp(Placement):
         if isinstance(node, Dir):
             self._lift_dir(node)
             return
+        if data and node.kind == S_IFREG and self._redirects(node, size):
+            data = False  # its blocks go elsewhere one by one, when they are written
         while True:
             more = node.more
             waiting = more is not None and (more.moving or (data and more.data is not None))
@@ -177,6 +179,14 @@ class CopyUp(Placement):
             more.moving = False
             del self.copying[node]
             done.set()
+
+    def _redirects(self, node: Node, size: int | None) -> bool:
+        """The driver keeps the file's changed blocks apart from what lies below (row)."""
+        more = node.more
+        if node.ldir.layer.writable and (more is None or more.data is None):
+            return False
+        st = self._stat(node)
+        return self._can_metacopy(node, st) and self.driver.redirects_data(node, st, size)
 
     def _can_metacopy(self, node: Node, st: os.stat_result) -> bool:
         return (

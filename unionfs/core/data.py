@@ -23,6 +23,8 @@ class Data(Rename):
         f = self.files.get(nodeid)
         if f is None:
             f = self._open_data(self._node(nodeid), False)
+        if not f.plain:
+            return f.read_at(offset, buffer)
         if not getattr(self.lanes, "fast", False):
             return os.preadv(f.n, (buffer,), offset)
         n = 0
@@ -44,7 +46,7 @@ class Data(Rename):
         f = self.files.get(nodeid)
         if f is None or not f.writable:
             f = self._open_data(self._node(nodeid), True)
-        n = os.pwrite(f.n, data, offset)
+        n = os.pwrite(f.n, data, offset) if f.plain else f.write_at(offset, data)
         if kill_suidgid:
             self._kill_suidgid(self._node(nodeid))
         return n
@@ -93,8 +95,9 @@ class Data(Rename):
             return f
         more = node.more
         if more is not None and more.data is not None:
-            ldir, name = more.data
-            f = OpenFile(self._open_quiet(name, ldir), False)
+            f = self.driver.open_redirected(self, node, write)
+            if f is None:
+                f = OpenFile(self._open_quiet(more.data[1], more.data[0]), False)
         elif node.ldir.layer.writable or (more is not None and more.pin is not None):
             f = self._open_upper(node, write)
         else:
@@ -133,7 +136,13 @@ class Data(Rename):
         if self.driver.volatile or not node.ldir.layer.writable or isinstance(node, Dir):
             return
         f = self.files.get(nodeid) or self._open_data(node, False)
-        (os.fdatasync if datasync else os.fsync)(f.n)
+        if f.plain:
+            (os.fdatasync if datasync else os.fsync)(f.n)
+            return
+        f.sync(datasync)
+        whole = self.driver.settle(self, node, f)
+        if whole is not None:
+            self.files[nodeid] = whole
 
     def fsyncdir(self, nodeid: int, datasync: bool) -> None:
         d = self._dir(nodeid)
@@ -146,6 +155,7 @@ class Data(Rename):
     def syncfs(self) -> None:
         if self.driver.volatile:
             return
+        self.driver.flush()
         for layer in self.driver.layers:
             if layer.writable:
                 sysio.syncfs(layer.root.open().n)
@@ -156,17 +166,22 @@ class Data(Rename):
         f = self.files.get(nodeid)
         if f is None or not f.writable:
             f = self._open_data(self._node(nodeid), True)
-        sysio.fallocate(f.n, mode, offset, length)
+        if f.plain:
+            sysio.fallocate(f.n, mode, offset, length)
+        else:
+            f.fallocate(mode, offset, length)
 
     def lseek(self, nodeid: int, offset: int, whence: int) -> int:
         f = self.files.get(nodeid) or self._open_data(self._node(nodeid), False)
-        return os.lseek(f.n, offset, whence)
+        return os.lseek(f.n, offset, whence) if f.plain else f.seek(offset, whence)
 
     def copy_file_range(self, src: int, src_off: int, dst: int, dst_off: int, length: int, flags: int) -> int:
         target = self.files.get(dst)
         if target is None or not target.writable:
             target = self._open_data(self._node(dst), True)
         source = self.files.get(src) or self._open_data(self._node(src), False)
+        if not (source.plain and target.plain):
+            raise fail(errno.EOPNOTSUPP)
         try:
             return os.copy_file_range(source.n, target.n, length, src_off, dst_off)
         except OSError as e:

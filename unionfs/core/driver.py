@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Literal, Protocol
 
-    from unionfs.core.nodes import Dir
+    from unionfs.core.base import OpenFile
+    from unionfs.core.copyup import CopyUp
+    from unionfs.core.nodes import Dir, Node
 
     # A name in one layer: its attributes, None (says nothing), False (a whiteout: look no further down).
     Probe = os.stat_result | None | Literal[False]
@@ -196,6 +198,26 @@ class Driver:
     def clear_metacopy(self, fd: int) -> None:
         """The data has been copied: the file stands on its own."""
         raise NotImplementedError
+
+    # --- content: files whose bytes are not one plain descriptor's ---
+
+    def redirects_data(self, node: Node, st: os.stat_result, size: int | None) -> bool:
+        """Writing to this file copies no more than the touched blocks. `size`: it is about to be cut to that length."""
+        return False
+
+    def open_redirected(self, core: CopyUp, node: Node, write: bool) -> OpenFile | None:
+        """The content of a metacopy: an OpenFile, plain or not; None: all of it is in the file below."""
+        return None
+
+    def settle(self, core: CopyUp, node: Node, f: OpenFile) -> OpenFile | None:
+        """After a sync: the plain file that a redirected one has become, if it has."""
+        return None
+
+    def inode_gone(self, path: bytes) -> None:
+        """The last name of an upper inode is about to go."""
+
+    def flush(self) -> None:
+        """Bring to the disk what the driver holds back."""
 
     # --- hard links over copy-up ---
 

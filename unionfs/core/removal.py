@@ -137,6 +137,8 @@ class Removal(Create):
             self.driver.index_removed(node.ldir, more.index)
             more.index = None
         more.unlinked = lower_only or links <= 0
+        if more.unlinked and more.data is not None and not lower_only:
+            self.driver.inode_gone(self._at(node)[1])
         if more.key is not None and more.unlinked and self.table.links.get(more.key) is node:
             del self.table.links[more.key]
 

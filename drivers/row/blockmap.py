@@ -1,0 +1,284 @@
+"""The block map of one redirected file: which blocks of the sparse upper file hold data, kept apart from its holes.
+
+A map file is a header and a log of checksummed records (docs/row-format.md). Blocks are redirected by appending a
+record; a CHECKPOINT record says that the data of all records before it is on the disk. After a power cut only what a
+checkpoint covers is believed; after the death of the server alone (same boot) all of it is, since the data is in the
+page cache. A torn tail fails its checksum and ends the log. No threads of its own: the caller holds the file's lock.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from struct import Struct
+from zlib import crc32
+
+MAGIC = b"UFSROWM1"
+VERSION = 1
+HEADER = Struct("<8sIIQQQ16sI")  # magic, version, block size, base size, base mtime (ns), base inode, spare, crc32
+RECORD = Struct("<IIQQII")  # kind, spare, first, count or value, generation, crc32 of what is before it
+
+DATA = 1  # blocks [first, first + count) are in the upper file
+HOLE = 2  # blocks [first, first + count) read as zeros
+LIMIT = 3  # the base is valid up to byte `count` only
+CHECKPOINT = 4  # the data of all records before this one is on the disk
+BOOT = 5  # records from here on were written under the boot whose hash is `count`
+
+COMPACT_AT = 4096  # records; a map with more than that and four times its live extents is written anew
+
+
+class MapError(Exception):
+    """The map can't be used: what is wrong, in words."""
+
+
+def boot_hash() -> int:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as f:
+            return crc32(f.read())
+    except OSError:
+        return 0
+
+
+class Extents:
+    """Disjoint, sorted runs of blocks, each DATA or HOLE; neighbours of one kind are one run."""
+
+    __slots__ = ("ends", "kinds", "starts")
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.kinds: list[int] = []
+
+    def put(self, first: int, end: int, kind: int) -> None:
+        """Blocks [first, end) become `kind` (0: the base's again)."""
+        if first >= end:
+            return
+        starts, ends, kinds = self.starts, self.ends, self.kinds
+        at = bisect_right(starts, first) - 1
+        if at >= 0 and ends[at] >= first and kinds[at] == kind:
+            if ends[at] >= end:
+                return  # the common case: a block that is redirected already
+            first = starts[at]
+        low = at if at >= 0 and ends[at] >= first else at + 1
+        high = low
+        new: list[tuple[int, int, int]] = []
+        while high < len(starts) and starts[high] <= end:
+            s, e, k = starts[high], ends[high], kinds[high]
+            if k == kind and kind:
+                first, end = min(first, s), max(end, e)
+            else:
+                if s < first:
+                    new.append((s, min(e, first), k))
+                if e > end:
+                    new.append((max(s, end), e, k))
+            high += 1
+        if kind:
+            new.append((first, end, kind))
+        new = sorted(run for run in new if run[0] < run[1])
+        starts[low:high] = [run[0] for run in new]
+        ends[low:high] = [run[1] for run in new]
+        kinds[low:high] = [run[2] for run in new]
+
+    def cut(self, end: int) -> None:
+        """Forget everything from block `end` on."""
+        if self.ends and self.ends[-1] > end:
+            self.put(end, self.ends[-1], 0)
+
+    def runs(self, first: int, end: int) -> list[tuple[int, int, int]]:
+        """[first, end) as (first, end, kind), kind 0 for the base's."""
+        out: list[tuple[int, int, int]] = []
+        at = max(bisect_right(self.starts, first) - 1, 0)
+        while first < end:
+            if at >= len(self.starts) or self.starts[at] >= end:
+                out.append((first, end, 0))
+                break
+            s, e = self.starts[at], self.ends[at]
+            if e <= first:
+                at += 1
+                continue
+            if s > first:
+                out.append((first, s, 0))
+                first = s
+            stop = min(e, end)
+            out.append((first, stop, self.kinds[at]))
+            first = stop
+            at += 1
+        return out
+
+    def has(self, first: int, end: int, kind: int) -> bool:
+        at = bisect_right(self.starts, first) - 1
+        return at >= 0 and self.ends[at] >= end and self.kinds[at] == kind
+
+    def count(self, kind: int) -> int:
+        return sum(e - s for s, e, k in zip(self.starts, self.ends, self.kinds, strict=True) if k == kind)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+
+class Base:
+    """What the map was made over: a file that must not have changed since."""
+
+    __slots__ = ("ino", "mtime_ns", "size")
+
+    def __init__(self, size: int, mtime_ns: int, ino: int) -> None:
+        self.size = size
+        self.mtime_ns = mtime_ns
+        self.ino = ino
+
+
+class BlockMap:
+    def __init__(self, fd: int, blocksize: int, base: Base) -> None:
+        self.fd = fd  # O_APPEND, owned
+        self.blocksize = blocksize
+        self.base = base
+        self.limit = base.size  # bytes of the base that count
+        self.extents = Extents()
+        self.records = 0
+        self.dirty = False  # records since the last checkpoint
+        self.trusted = True  # the log ended cleanly when it was read
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    # --- making and reading ---
+
+    @classmethod
+    def create(cls, dirfd: int, name: str, blocksize: int, base: Base) -> BlockMap:
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
+        made = cls(fd, blocksize, base)
+        os.write(fd, made._header())
+        made._append(BOOT, 0, boot_hash())
+        return made
+
+    def _header(self) -> bytes:
+        body = HEADER.pack(MAGIC, VERSION, self.blocksize, self.base.size, self.base.mtime_ns, self.base.ino, b"", 0)[
+            :-4
+        ]
+        return body + crc32(body).to_bytes(4, "little")
+
+    @classmethod
+    def load(cls, dirfd: int, name: str, write: bool) -> BlockMap:
+        flags = (os.O_RDWR | os.O_APPEND) if write else os.O_RDONLY
+        fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=dirfd)
+        try:
+            return cls._replay(fd, write)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def _replay(cls, fd: int, write: bool) -> BlockMap:
+        raw = os.pread(fd, os.fstat(fd).st_size, 0)
+        if len(raw) < HEADER.size or crc32(raw[: HEADER.size - 4]) != int.from_bytes(
+            raw[HEADER.size - 4 : HEADER.size], "little"
+        ):
+            raise MapError("the header is damaged")
+        magic, version, blocksize, size, mtime_ns, ino, _, _ = HEADER.unpack_from(raw)
+        if magic != MAGIC:
+            raise MapError("not a block map")
+        if version != VERSION:
+            raise MapError(f"format version {version}, this program knows {VERSION}")
+        found = cls(fd, blocksize, Base(size, mtime_ns, ino))
+        records, whole = parse(raw)
+        believed = believe(records)
+        for kind, first, value in records[:believed]:
+            found._apply(kind, first, value)
+        found.records = believed
+        found.trusted = whole and believed == len(records)
+        if write:
+            end = HEADER.size + believed * RECORD.size
+            if end != len(raw):
+                os.ftruncate(fd, end)  # what is not believed now must never be
+            found._append(BOOT, 0, boot_hash())
+        return found
+
+    def _apply(self, kind: int, first: int, value: int) -> None:
+        if kind in (DATA, HOLE):
+            self.extents.put(first, first + value, kind)
+        elif kind == LIMIT:
+            self.limit = min(self.limit, value)
+            self.extents.cut(-(-value // self.blocksize) if first == 0 else first)
+
+    # --- changing ---
+
+    def _append(self, kind: int, first: int, value: int) -> None:
+        body = RECORD.pack(kind, 0, first, value, self.records & 0xFFFFFFFF, 0)[:-4]
+        os.write(self.fd, body + crc32(body).to_bytes(4, "little"))
+        self.records += 1
+
+    def redirect(self, first: int, end: int, kind: int) -> None:
+        """Blocks [first, end) are DATA or HOLE from now on. Their data must have been written before."""
+        if self.extents.has(first, end, kind):
+            return
+        self._append(kind, first, end - first)
+        self.extents.put(first, end, kind)
+        self.dirty = True
+
+    def truncate(self, size: int) -> None:
+        """The file was cut to `size` bytes: what lies behind is gone for good, growing again gives zeros."""
+        end = -(-size // self.blocksize)
+        if size < self.limit or (self.extents.ends and self.extents.ends[-1] > end):
+            self._append(LIMIT, end, min(size, self.limit))
+            self.limit = min(self.limit, size)
+            self.extents.cut(end)
+            self.dirty = True
+
+    def checkpoint(self) -> None:
+        """The caller has synced the data: make what the map says of it durable too."""
+        if self.dirty:
+            self._append(CHECKPOINT, 0, 0)
+            self.dirty = False
+        os.fdatasync(self.fd)
+
+    def compacted(self) -> bytes | None:
+        """The same map in as few records as there are extents, where that is worth it."""
+        if self.records < COMPACT_AT or self.records < 4 * len(self.extents):
+            return None
+        out = [self._header()]
+        rows = [(BOOT, 0, boot_hash())]
+        if self.limit != self.base.size:
+            rows.append((LIMIT, 1 << 62, self.limit))
+        rows += [
+            (k, s, e - s) for s, e, k in zip(self.extents.starts, self.extents.ends, self.extents.kinds, strict=True)
+        ]
+        rows.append((CHECKPOINT, 0, 0))
+        for number, (kind, first, value) in enumerate(rows):
+            body = RECORD.pack(kind, 0, first, value, number, 0)[:-4]
+            out.append(body + crc32(body).to_bytes(4, "little"))
+        self._compact_records = len(rows)
+        return b"".join(out)
+
+    def replaced(self, fd: int) -> None:
+        """The compacted map is in place: go on with it."""
+        os.close(self.fd)
+        self.fd = fd
+        self.records = self._compact_records
+
+
+def parse(raw: bytes) -> tuple[list[tuple[int, int, int]], bool]:
+    """The log's records up to the first that is torn or out of order, and whether that was all of it."""
+    records: list[tuple[int, int, int]] = []
+    at = HEADER.size
+    while at + RECORD.size <= len(raw):
+        kind, _, first, value, generation, crc = RECORD.unpack_from(raw, at)
+        if crc32(raw[at : at + RECORD.size - 4]) != crc or generation != len(records) & 0xFFFFFFFF:
+            return records, False
+        records.append((kind, first, value))
+        at += RECORD.size
+    return records, at == len(raw)
+
+
+def believe(records: list[tuple[int, int, int]]) -> int:
+    """How many records hold: all that a checkpoint covers, and those written under this very boot."""
+    now = boot_hash()
+    believed = 0
+    current = False
+    for number, (kind, _, value) in enumerate(records, 1):
+        if kind == BOOT:
+            current = value == now and now != 0
+        if kind == CHECKPOINT or (current and believed == number - 1):
+            believed = number
+    return believed

@@ -1,0 +1,120 @@
+"""`unionfs fsck`: an unmounted row upper, checked without mounting it.
+
+Looks at every redirected file and every map: what is damaged, missing or left over is said in words; what can be
+repaired without guessing is, where that is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .blockmap import DATA, HOLE, BlockMap, MapError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+STORE = b".wh..wh.row"
+MARK = "overlay.unionfs.row"
+_PREFIXES = ("trusted.", "user.")
+
+
+class Finding:
+    __slots__ = ("fatal", "path", "repaired", "words")
+
+    def __init__(self, path: bytes, words: str, fatal: bool, repaired: bool = False) -> None:
+        self.path = path
+        self.words = words
+        self.fatal = fatal  # data can't be read as it was
+        self.repaired = repaired
+
+
+def ident_of(path: bytes) -> str | None:
+    for prefix in _PREFIXES:
+        try:
+            return os.getxattr(path, prefix + MARK, follow_symlinks=False).decode("ascii", "replace")
+        except OSError:
+            continue
+    return None
+
+
+def redirected(upper: bytes) -> Iterator[tuple[bytes, str]]:
+    """(path, map id) of every redirected file."""
+    for directory, names, files in os.walk(upper):
+        if STORE in names:
+            names.remove(STORE)
+        for name in files:
+            path = os.path.join(directory, name)
+            ident = ident_of(path)
+            if ident is not None:
+                yield path, ident
+
+
+def check(upper: bytes, repair: bool) -> list[Finding]:
+    maps = os.path.join(upper, STORE, b"maps")
+    left = set(os.listdir(maps)) if os.path.isdir(maps) else set()
+    findings: list[Finding] = []
+    seen: dict[str, tuple[int, int]] = {}
+    for path, ident in redirected(upper):
+        st = os.lstat(path)
+        left.discard(ident.encode())
+        if seen.setdefault(ident, (st.st_dev, st.st_ino)) != (st.st_dev, st.st_ino):
+            findings.append(Finding(path, f"shares block map {ident} with another file", True))
+            continue
+        findings += _check_map(maps, path, ident, st.st_size, repair)
+    for name in sorted(left):
+        if repair:
+            os.unlink(os.path.join(maps, name))
+        findings.append(Finding(os.path.join(maps, name), "belongs to no file", False, repair))
+    return findings
+
+
+def _check_map(maps: bytes, path: bytes, ident: str, size: int, repair: bool) -> list[Finding]:
+    try:
+        dirfd = os.open(maps, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as e:
+        return [Finding(path, f"the maps are gone: {e.strerror}", True)]
+    try:
+        found = BlockMap.load(dirfd, ident, False)
+        try:
+            out: list[Finding] = []
+            if not found.trusted:
+                if repair:
+                    BlockMap.load(dirfd, ident, True).close()
+                out.append(Finding(path, "the end of its block map is torn or was never synced", False, repair))
+            last = found.extents.ends[-1] if len(found.extents) else 0
+            if last > -(-size // found.blocksize):
+                out.append(Finding(path, f"its block map reaches block {last}, beyond its end", False))
+            return out
+        finally:
+            found.close()
+    except FileNotFoundError:
+        return [Finding(path, f"block map {ident} is missing", True)]
+    except MapError as e:
+        return [Finding(path, f"block map {ident}: {e}", True)]
+    finally:
+        os.close(dirfd)
+
+
+def describe(upper: bytes, path: bytes) -> list[str]:
+    """The block map of one file of an upper, drawn as lines."""
+    ident = ident_of(path)
+    if ident is None:
+        return ["plain: no block map"]
+    dirfd = os.open(os.path.join(upper, STORE, b"maps"), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        found = BlockMap.load(dirfd, ident, False)
+    finally:
+        os.close(dirfd)
+    try:
+        size = os.lstat(path).st_size
+        blocks = -(-size // found.blocksize)
+        words = {DATA: "redirected", HOLE: "hole", 0: "base"}
+        lines = [
+            f"map {ident}, block size {found.blocksize}, {found.records} records, size {size}",
+            f"base: size {found.base.size}, inode {found.base.ino}, valid up to byte {found.limit}",
+        ]
+        lines += [f"{first:>10} .. {end - 1:<10} {words[kind]}" for first, end, kind in found.extents.runs(0, blocks)]
+        return lines
+    finally:
+        found.close()

@@ -1,0 +1,284 @@
+"""The row driver: the overlay driver, but the first write to a big lower file redirects blocks instead of copying it.
+
+A redirected file is, to overlay, a metacopy: an upper inode with all metadata whose data lies below. Beside it there
+is a block map (`.wh..wh.row/maps/ID` in the upper's root, the id in an xattr of the inode), and the upper inode itself
+is the sparse file that holds the redirected blocks. Format: docs/row-format.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import sys
+import threading
+from weakref import WeakValueDictionary
+
+from unionfs import sysio
+from unionfs.api import MountConfig
+from unionfs.core.base import OpenFile, fail
+from unionfs.core.layers import LDir
+from unionfs.errors import EXIT_FORMAT, EXIT_USAGE, MountError
+
+from ..overlay import OverlayDriver
+from .blockmap import COMPACT_AT, DATA, HOLE, Base, BlockMap, MapError
+from .file import RowFile
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from unionfs.core.copyup import CopyUp
+    from unionfs.core.nodes import Node
+
+STORE = b".wh..wh.row"  # hidden like everything that begins with .wh.
+MARK = "unionfs.row"
+REDIRECT_MIN = 64 << 10  # smaller files are copied: one write instead of a write and a map
+CHECKPOINT_EVERY = 5.0  # seconds that redirected blocks may wait for their checkpoint
+BLOCKSIZES = {"4k": 4096, "16k": 16384, "64k": 65536, "128k": 131072}
+
+
+class RowDriver(OverlayDriver):
+    name = "row"
+    options = {  # noqa: RUF012
+        **OverlayDriver.options,
+        "blocksize": "4k|16k|64k|128k: the unit of redirection for files first written from now on (default 4k)",
+        "force": "use block maps although the file below has changed since they were made",
+    }
+
+    def __init__(self, config: MountConfig) -> None:
+        text = config.options.get("blocksize", "4k").lower()
+        if text not in BLOCKSIZES:
+            raise MountError(f"blocksize={text}: must be one of {', '.join(BLOCKSIZES)}", EXIT_USAGE)
+        self.blocksize = BLOCKSIZES[text]
+        self.force = "force" in config.options
+        super().__init__(config)
+        self._open_files: WeakValueDictionary[str, RowFile] = WeakValueDictionary()
+        self._dirty: dict[str, RowFile] = {}
+        self._some = threading.Event()
+        self._over = False
+        self._saver: threading.Thread | None = None
+        self._opening = threading.Lock()
+        self.redirected_files = 0
+        self._maps: LDir | None = None
+        if not self.metacopy and not self.read_only:
+            raise MountError(
+                "driver row needs xattrs on upper, and redirect_dir and metacopy on: use --driver overlay here",
+                EXIT_FORMAT,
+            )
+
+    def _store(self, make: bool) -> LDir | None:
+        """`.wh..wh.row/maps` in the upper's root; made with the first map, unnoticed by those who look at the root."""
+        if self._maps is not None:
+            return self._maps
+        root = self.layers[0].root
+        store = root.child(STORE)
+        maps = store.child(b"maps")
+        if make:
+            st = os.fstat(root.open().n)
+            for parent, name in ((root, STORE), (store, b"maps")):
+                try:
+                    os.mkdir(name, 0o700, dir_fd=parent.open().n)
+                except FileExistsError:
+                    pass
+            os.utime(root.open().n, ns=(st.st_atime_ns, st.st_mtime_ns))
+        try:
+            maps.open()
+        except FileNotFoundError:
+            return None
+        self._maps = maps
+        return maps
+
+    # --- the seam to the core ---
+
+    def redirects_data(self, node: Node, st: os.stat_result, size: int | None) -> bool:
+        return st.st_size >= REDIRECT_MIN and size != 0
+
+    def open_redirected(self, core: CopyUp, node: Node, write: bool) -> OpenFile | None:
+        """The node's bytes where its data is not all in one file; None: it is, in the one below."""
+        if node.ldir.layer.index != 0:
+            return None
+        n = core._open_inode(node, os.O_RDONLY if self.read_only else os.O_RDWR)
+        upper = OpenFile(n, not self.read_only)
+        with self._opening:
+            ident = self._ident(n)
+            if ident is None and not write:
+                return None
+            if ident is not None:
+                known = self._open_files.get(ident)
+                if known is not None:
+                    return known
+            source = core._open_source(node)
+            base = OpenFile(os.dup(source.n), False)
+            if ident is None:
+                if sysio.clone(n, base.n):
+                    self.clear_metacopy(n)
+                    node.extra().data = None
+                    return upper
+                ident, blockmap = self._new_map(n, base)
+            else:
+                blockmap = self._load_map(ident, base, node.name)
+            f = RowFile(os.dup(n), not self.read_only, base, blockmap, ident)
+            f.on_dirty = self._note_dirty
+            self._open_files[ident] = f
+            return f
+
+    def _ident(self, n: int) -> str | None:
+        try:
+            return os.getxattr(n, self.prefix + MARK).decode("ascii", "replace")
+        except OSError as e:
+            if e.errno in (errno.ENODATA, errno.EOPNOTSUPP):
+                return None
+            raise
+
+    def _new_map(self, n: int, base: OpenFile) -> tuple[str, BlockMap]:
+        maps = self._store(True)
+        assert maps is not None
+        ident = secrets.token_hex(12)
+        st = os.fstat(base.n)
+        blockmap = BlockMap.create(maps.open().n, ident, self.blocksize, Base(st.st_size, st.st_mtime_ns, st.st_ino))
+        os.setxattr(n, self.prefix + MARK, ident.encode())
+        self.redirected_files += 1
+        return ident, blockmap
+
+    def _load_map(self, ident: str, base: OpenFile, name: bytes) -> BlockMap:
+        """EIO, and a line in the log, for a map that can't be believed: the file's real content is not known then."""
+        maps = self._store(False)
+        shown = os.fsdecode(name)
+        try:
+            if len(ident) != 24 or not ident.isalnum():
+                raise MapError(f"bad id {ident!r}")
+            if maps is None:
+                raise FileNotFoundError
+            blockmap = BlockMap.load(maps.open().n, ident, not self.read_only)
+        except FileNotFoundError:
+            print(f"unionfs: {shown}: its block map {ident} is missing; see unionfs fsck", file=sys.stderr)
+            raise fail(errno.EIO, name) from None
+        except MapError as e:
+            print(f"unionfs: {shown}: block map {ident}: {e}; see unionfs fsck", file=sys.stderr)
+            raise fail(errno.EIO, name) from None
+        st = os.fstat(base.n)
+        then = blockmap.base
+        if (st.st_size, st.st_mtime_ns, st.st_ino) != (then.size, then.mtime_ns, then.ino) and not self.force:
+            blockmap.close()
+            print(
+                f"unionfs: {shown}: the file below has changed since its blocks were redirected "
+                f"(size {then.size} -> {st.st_size}, inode {then.ino} -> {st.st_ino}); -o force uses it as it is",
+                file=sys.stderr,
+            )
+            raise fail(errno.EIO, name)
+        return blockmap
+
+    def settle(self, core: CopyUp, node: Node, f: OpenFile) -> OpenFile | None:
+        """After a sync: a file that shows nothing of its base any more becomes a plain one."""
+        assert isinstance(f, RowFile)
+        with f.lock:
+            if f.needs_base() or f.map.dirty:
+                self._compact(f)
+                return None
+            self.clear_metacopy(f.n)
+            self._forget_map(f.ident)
+            self._open_files.pop(f.ident, None)
+            self._dirty.pop(f.ident, None)
+            node.extra().data = None
+            return OpenFile(os.dup(f.n), True)
+
+    def _compact(self, f: RowFile) -> None:
+        if f.map.records < COMPACT_AT or f.map.dirty:
+            return
+        raw, maps = f.map.compacted(), self._store(False)
+        if raw is None or maps is None:
+            return
+        d = maps.open().n
+        tmp = f.ident + ".new"
+        fd = os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600, dir_fd=d)
+        try:
+            os.write(fd, raw)
+            os.fdatasync(fd)
+            os.rename(tmp, f.ident, src_dir_fd=d, dst_dir_fd=d)
+        except OSError:
+            os.close(fd)
+            os.unlink(tmp, dir_fd=d)
+            return  # the long map still serves
+        f.map.replaced(fd)
+
+    def _forget_map(self, ident: str) -> None:
+        maps = self._store(False)
+        if maps is None:
+            return
+        try:
+            os.unlink(ident, dir_fd=maps.open().n)
+        except FileNotFoundError:
+            pass
+
+    def clear_metacopy(self, fd: int) -> None:
+        super().clear_metacopy(fd)
+        try:
+            os.removexattr(fd, self.prefix + MARK)
+        except OSError as e:
+            if e.errno not in (errno.ENODATA, errno.EOPNOTSUPP):
+                raise
+
+    def inode_gone(self, path: bytes) -> None:
+        """The last name of an upper inode is about to go: its map goes too. An open file keeps its own descriptor."""
+        try:
+            ident = os.getxattr(path, self.prefix + MARK, follow_symlinks=True).decode("ascii", "replace")
+        except OSError:
+            return
+        if len(ident) == 24 and ident.isalnum():
+            self._forget_map(ident)
+
+    # --- checkpoints in the background ---
+
+    def _note_dirty(self, f: RowFile) -> None:
+        """Held until its next checkpoint, however long nobody has it open."""
+        if f.ident in self._dirty:
+            return
+        self._dirty[f.ident] = f
+        if self._saver is None:
+            self._saver = threading.Thread(target=self._save, name="unionfs-row", daemon=True)
+            self._saver.start()
+        self._some.set()
+
+    def _save(self) -> None:
+        while not self._over:
+            self._some.wait()
+            self._some.clear()
+            if not self._over:
+                threading.Event().wait(CHECKPOINT_EVERY)
+            self.flush()
+
+    def flush(self) -> None:
+        for ident, f in list(self._dirty.items()):
+            if self._dirty.pop(ident, None) is None:
+                continue
+            try:
+                if not self.volatile:
+                    f.sync(True)
+                else:
+                    f.map.checkpoint()
+            except OSError as e:
+                print(f"unionfs: block map {ident}: {e.strerror}", file=sys.stderr)
+
+    def stop(self) -> None:
+        self._over = True
+        self._some.set()
+        self.flush()
+        self._open_files.clear()
+        super().stop()
+
+    # --- people ---
+
+    def status(self) -> dict[str, Any]:
+        files = list(self._open_files.values())
+        s = os.fstatvfs(self.layers[0].root.open().n)
+        return {
+            **super().status(),
+            "block size": self.blocksize,
+            "data space total": s.f_blocks * s.f_frsize,
+            "data space available": s.f_bavail * s.f_frsize,
+            "redirected files open": len(files),
+            "redirected blocks": sum(f.map.extents.count(DATA) for f in files),
+            "discarded blocks": sum(f.map.extents.count(HOLE) for f in files),
+            "maps": len(os.listdir(maps.open().n)) if (maps := self._store(False)) is not None else 0,
+        }

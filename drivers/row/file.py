@@ -1,0 +1,201 @@
+"""One redirected file, open: bytes from the sparse upper file where blocks are redirected, from the base elsewhere.
+
+What the core calls instead of pread and friends when a file is not backed by one plain descriptor. Threads: any; the
+file's lock orders changes, reads take the block map under it and move bytes outside.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+from unionfs import sysio
+from unionfs.core.base import OpenFile, fail
+
+from .blockmap import DATA, HOLE, BlockMap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ZERO_RANGE = 0x10
+_KNOWN = sysio.FALLOC_FL_KEEP_SIZE | sysio.FALLOC_FL_PUNCH_HOLE | ZERO_RANGE
+
+
+class RowFile(OpenFile):
+    """`n` is the sparse upper file. `ident` names its map."""
+
+    __slots__ = ("__weakref__", "base", "ident", "lock", "map", "on_dirty")
+
+    plain = False
+
+    def __init__(self, n: int, writable: bool, base: OpenFile, blockmap: BlockMap, ident: str) -> None:
+        super().__init__(n, writable)
+        self.base = base
+        self.map = blockmap
+        self.ident = ident
+        self.lock = threading.RLock()
+        blockmap.limit = min(blockmap.limit, os.fstat(n).st_size)  # a cut whose record a crash took
+        self.on_dirty: Callable[[RowFile], None] | None = None  # told when the map has something to checkpoint
+
+    def __del__(self) -> None:
+        self.map.close()
+        super().__del__()
+
+    # --- reading ---
+
+    def read_at(self, offset: int, buffer: memoryview) -> int:
+        bs = self.map.blocksize
+        with self.lock:
+            size = os.fstat(self.n).st_size
+            end = min(offset + len(buffer), size)
+            if offset >= end:
+                return 0
+            runs = self.map.extents.runs(offset // bs, -(-end // bs))
+            limit = self.map.limit
+        for first, stop, kind in runs:
+            at, to = max(first * bs, offset), min(stop * bs, end)
+            part = buffer[at - offset : to - offset]
+            got = 0
+            if kind == DATA:
+                got = os.preadv(self.n, (part,), at)
+            elif kind == 0 and at < limit:
+                got = os.preadv(self.base.n, (part[: min(to, limit) - at],), at)
+            if got < len(part):
+                part[got:] = bytes(len(part) - got)
+        return end - offset
+
+    def seek(self, offset: int, whence: int) -> int:
+        """SEEK_DATA or SEEK_HOLE over what the file shows."""
+        size = os.fstat(self.n).st_size
+        if offset >= size or offset < 0:
+            raise fail(errno.ENXIO)
+        want_data = whence == os.SEEK_DATA
+        for at, _, is_data in self._segments(offset, size):
+            if is_data == want_data:
+                return at
+        if want_data:
+            raise fail(errno.ENXIO)
+        return size
+
+    def _segments(self, offset: int, size: int) -> list[tuple[int, int, bool]]:
+        bs = self.map.blocksize
+        out: list[tuple[int, int, bool]] = []
+        with self.lock:
+            runs = self.map.extents.runs(offset // bs, -(-size // bs))
+            limit = self.map.limit
+        for first, stop, kind in runs:
+            at, to = max(first * bs, offset), min(stop * bs, size)
+            if kind:
+                out.append((at, to, kind == DATA))
+                continue
+            end = min(to, limit)
+            while at < end:
+                try:
+                    data = min(os.lseek(self.base.n, at, os.SEEK_DATA), end)
+                except OSError as e:
+                    if e.errno != errno.ENXIO:
+                        raise
+                    data = end
+                if data > at:
+                    out.append((at, data, False))
+                if data < end:
+                    hole = min(os.lseek(self.base.n, data, os.SEEK_HOLE), end)
+                    out.append((data, hole, True))
+                    data = hole
+                at = data
+            if end < to:
+                out.append((max(end, first * bs, offset), to, False))
+        return out
+
+    # --- changing ---
+
+    def write_at(self, offset: int, data: memoryview | bytes) -> int:
+        bs = self.map.blocksize
+        with self.lock:
+            end = offset + len(data)
+            size = os.fstat(self.n).st_size
+            first, stop = offset // bs, -(-end // bs)
+            if not self.map.extents.has(first, stop, DATA):
+                if offset % bs:
+                    self._fill(first, size)
+                if end % bs and end < size and not (stop - 1 == first and offset % bs):
+                    self._fill(stop - 1, size)
+            done = os.pwrite(self.n, data, offset)
+            # a short write (full disk): the blocks that it reached whole, and the one it ends in, which was filled
+            reached = -(-(offset + done) // bs)
+            if done < len(data) and (offset + done) % bs and reached - 1 > first:
+                reached -= 1
+                done = reached * bs - offset
+            self._redirect(first, reached, DATA)
+        return done
+
+    def _fill(self, block: int, size: int) -> None:
+        """Bring what a block shows into the upper file, before a part of it is overwritten."""
+        if self.map.extents.has(block, block + 1, DATA):
+            return
+        bs = self.map.blocksize
+        at = block * bs
+        length = min(bs, size - at)
+        if length <= 0:
+            return
+        content = bytearray(length)
+        self.read_at(at, memoryview(content))
+        if os.pwrite(self.n, content, at) != length:
+            raise fail(errno.ENOSPC)
+
+    def _redirect(self, first: int, stop: int, kind: int) -> None:
+        if first < stop:
+            self.map.redirect(first, stop, kind)
+            if self.on_dirty is not None and self.map.dirty:
+                self.on_dirty(self)
+
+    def truncate(self, size: int) -> None:
+        with self.lock:
+            os.ftruncate(self.n, size)
+            self.map.truncate(size)
+            if self.on_dirty is not None and self.map.dirty:
+                self.on_dirty(self)
+
+    def fallocate(self, mode: int, offset: int, length: int) -> None:
+        if mode & ~_KNOWN or (mode & ZERO_RANGE and mode & sysio.FALLOC_FL_PUNCH_HOLE):
+            raise fail(errno.EOPNOTSUPP)
+        with self.lock:
+            if not mode & (sysio.FALLOC_FL_PUNCH_HOLE | ZERO_RANGE):
+                sysio.fallocate(self.n, mode, offset, length)
+                return
+            end = offset + length
+            grows = mode & ZERO_RANGE and not mode & sysio.FALLOC_FL_KEEP_SIZE
+            if grows and end > os.fstat(self.n).st_size:
+                os.ftruncate(self.n, end)
+            self._zero(offset, min(end, os.fstat(self.n).st_size))
+
+    def _zero(self, offset: int, end: int) -> None:
+        bs = self.map.blocksize
+        size = os.fstat(self.n).st_size
+        first, stop = -(-offset // bs), (end // bs if end < size else -(-end // bs))
+        if first >= stop:
+            if end > offset:
+                self.write_at(offset, bytes(end - offset))
+            return
+        if offset < first * bs:
+            self.write_at(offset, bytes(first * bs - offset))
+        if stop * bs < end:
+            self.write_at(stop * bs, bytes(end - stop * bs))
+        punch = sysio.FALLOC_FL_PUNCH_HOLE | sysio.FALLOC_FL_KEEP_SIZE
+        self._redirect(first, stop, HOLE)  # a hole that the map does not know would show the base
+        sysio.fallocate(self.n, punch, first * bs, (stop - first) * bs)
+
+    # --- durability ---
+
+    def sync(self, datasync: bool) -> None:
+        """Data, then map: after it both are on the disk."""
+        with self.lock:
+            (os.fdatasync if datasync else os.fsync)(self.n)
+            self.map.checkpoint()
+
+    def needs_base(self) -> bool:
+        """Some byte of the base still shows."""
+        blocks = -(-self.map.limit // self.map.blocksize)
+        return any(kind == 0 for _, _, kind in self.map.extents.runs(0, blocks)) if blocks else False

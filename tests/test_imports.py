@@ -67,8 +67,8 @@ def imports(path: Path) -> set[tuple[str, int]]:
         if isinstance(node, ast.Import):
             found |= {(alias.name, node.lineno) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            if node.level == 1:
-                continue  # a neighbour in the same room
+            if 0 < node.level < len(path.relative_to(ROOT).parts):
+                continue  # a neighbour in the same room, or in a folder of it
             assert node.level == 0 and node.module, f"{path}:{node.lineno}: relative import out of its folder"
             found |= {(f"{node.module}.{alias.name}", node.lineno) for alias in node.names}
     return found

@@ -1,7 +1,7 @@
 """Random operations, branch changes and remounts on three branches, two of them writable, against a model.
 
-Two ideas of what must be seen are kept: a dictionary that POSIX operations change, and the merge of the branches as they
-are on disk. The mount must agree with both after every step.
+Two ideas of what must be seen are kept: a dictionary that POSIX operations change, and the merge of the branches as
+they are on disk. The mount must agree with both after every step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ PATHS = st.builds(lambda folder, name: folder + name, DIRS, st.sampled_from((*NA
 TREES = {
     "rw0": {"d/a": "rw0 d/a", "e/.wh.b": ""},
     "rw1": {"a": "rw1 a", "d/b": "rw1 d/b", "d/s/c": "rw1 s/c", "e/c": "rw1 e/c"},
-    "ro": {"a": "ro a", "b": "ro b", "d/a": "ro d/a", "d/s/a": "ro s/a", "e/b": "ro e/b", "e/d/a": "ro e/d/a", ".wh.c": ""},
+    "ro": {
+        "a": "ro a", "b": "ro b", "d/a": "ro d/a", "d/s/a": "ro s/a", "e/b": "ro e/b", "e/d/a": "ro e/d/a", ".wh.c": "",
+    },
     "x": {"b": "x b", "c": "x c", "d/c": "x d/c", ".wh.a": "", "e/.wh..wh..opq": "", "e/s/a": "x e/s/a"},
     "y": {"a/b": "y a/b", "d": "y d", "e/a": "y e/a"},
 }
@@ -175,7 +177,11 @@ class Union(RuleBasedStateMachine):
 
     # --- the branches ---
 
-    @rule(name=st.sampled_from(("x", "y", "rw1", "ro")), at=st.integers(0, 4), mode=st.sampled_from(("ro", "ro+wh", "rw", "rr")))
+    @rule(
+        name=st.sampled_from(("x", "y", "rw1", "ro")),
+        at=st.integers(0, 4),
+        mode=st.sampled_from(("ro", "ro+wh", "rw", "rr")),
+    )
     def add(self, name: str, at: int, mode: str) -> None:
         if name not in [branch for branch, _ in self.branches] and at <= len(self.branches):
             self.union.change(("insert", at, name, mode))
@@ -243,5 +249,5 @@ def test_random_histories() -> None:
         settings=settings(
             max_examples=examples, stateful_step_count=30, deadline=None, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck), phases=(Phase.generate,),
-        ),  # fmt: skip
+        ),
     )

@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 
 import pytest
+from unionfs_drivers.row.blockmap import DATA, HEADER, HOLE, RECORD, Base, BlockMap, Extents, MapError
+from unionfs_drivers.row.file import ZERO_RANGE, RowFile
 
 from unionfs.core.base import OpenFile
 from unionfs.sysio import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from unionfs_drivers.row.blockmap import DATA, HEADER, HOLE, RECORD, Base, BlockMap, Extents, MapError
-from unionfs_drivers.row.file import ZERO_RANGE, RowFile
 
 BS = 4096
 
@@ -125,8 +125,8 @@ def test_growing_again_shows_zeros(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_power_cut_at_every_record(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The map's log cut after each record, and in the middle of one, read after a reboot: what was synced is there, every
-    other block is as it was or as it became, never anything else."""
+    """The map's log cut after each record, and in the middle of one, read after a reboot: what was synced is there,
+    every other block is as it was or as it became, never anything else."""
     rng = random.Random(seed)
     blocks = 12
     base = b"".join(bytes([65 + i]) * BS for i in range(blocks))

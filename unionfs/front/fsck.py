@@ -26,8 +26,9 @@ COMMAND = Command(
 
 
 def run(parsed: Parsed) -> int:
-    from unionfs_drivers.row import check
+    from importlib import import_module
 
+    check = import_module("unionfs_drivers.row.check")
     upper = os.fsencode(os.path.abspath(parsed.arguments[0]))
     if not os.path.isdir(upper):
         raise MountError(f"{show(upper)}: not a directory; name the upper of a row mount", EXIT_LAYER)

@@ -160,18 +160,26 @@ class BlockMap:
         return body + crc32(body).to_bytes(4, "little")
 
     @classmethod
-    def load(cls, dirfd: int, name: str, write: bool) -> BlockMap:
+    def load(cls, dirfd: int, name: str, write: bool, unborn: tuple[int, Base] | None = None) -> BlockMap:
+        """`unborn`: block size and base of a map that a power cut left empty: nothing of it was ever durable."""
         flags = (os.O_RDWR | os.O_APPEND) if write else os.O_RDONLY
         fd = os.open(name, flags | os.O_CLOEXEC, dir_fd=dirfd)
         try:
-            return cls._replay(fd, write)
+            return cls._replay(fd, write, unborn)
         except BaseException:
             os.close(fd)
             raise
 
     @classmethod
-    def _replay(cls, fd: int, write: bool) -> BlockMap:
+    def _replay(cls, fd: int, write: bool, unborn: tuple[int, Base] | None) -> BlockMap:
         raw = os.pread(fd, os.fstat(fd).st_size, 0)
+        if unborn is not None and not raw[: HEADER.size].strip(b"\0"):
+            found = cls(fd, *unborn)
+            if write:
+                os.ftruncate(fd, 0)
+                os.write(fd, found._header())
+                found._append(BOOT, 0, boot_hash())
+            return found
         if len(raw) < HEADER.size or crc32(raw[: HEADER.size - 4]) != int.from_bytes(
             raw[HEADER.size - 4 : HEADER.size], "little"
         ):

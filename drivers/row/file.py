@@ -36,7 +36,12 @@ class RowFile(OpenFile):
         self.map = blockmap
         self.ident = ident
         self.lock = threading.RLock()
-        blockmap.limit = min(blockmap.limit, os.fstat(n).st_size)  # a cut whose record a crash took
+        size = os.fstat(n).st_size
+        if size < blockmap.limit:  # a cut whose record a crash took: what it hid must not come back as the file grows
+            if writable:
+                blockmap.truncate(size)
+            else:
+                blockmap.limit = size
         self.on_dirty: Callable[[RowFile], None] | None = None  # told when the map has something to checkpoint
 
     def __del__(self) -> None:

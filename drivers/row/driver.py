@@ -176,6 +176,7 @@ class RowDriver(OverlayDriver):
             if f.needs_base() or f.map.dirty:
                 self._compact(f)
                 return None
+            f.bare()
             self.clear_metacopy(f.n)
             self._forget_map(f.ident)
             self._open_files.pop(f.ident, None)

@@ -12,6 +12,7 @@ import threading
 
 from unionfs import sysio
 from unionfs.core.base import OpenFile, fail
+from unionfs.errors import WouldBlock
 
 from .blockmap import DATA, HOLE, BlockMap
 
@@ -50,23 +51,30 @@ class RowFile(OpenFile):
 
     # --- reading ---
 
-    def read_at(self, offset: int, buffer: memoryview) -> int:
+    def _take(self, fast: bool) -> None:
+        if not self.lock.acquire(blocking=not fast):
+            raise WouldBlock  # a sync holds it, say
+
+    def read_at(self, offset: int, buffer: memoryview, fast: bool = False) -> int:
         bs = self.map.blocksize
-        with self.lock:
+        self._take(fast)
+        try:
             size = os.fstat(self.n).st_size
             end = min(offset + len(buffer), size)
             if offset >= end:
                 return 0
             runs = self.map.extents.runs(offset // bs, -(-end // bs))
             limit = self.map.limit
+        finally:
+            self.lock.release()
         for first, stop, kind in runs:
             at, to = max(first * bs, offset), min(stop * bs, end)
             part = buffer[at - offset : to - offset]
             got = 0
             if kind == DATA:
-                got = os.preadv(self.n, (part,), at)
+                got = _pread(self.n, part, at, fast)
             elif kind == 0 and at < limit:
-                got = os.preadv(self.base.n, (part[: min(to, limit) - at],), at)
+                got = _pread(self.base.n, part[: min(to, limit) - at], at, fast)
             if got < len(part):
                 part[got:] = bytes(len(part) - got)
         return end - offset
@@ -116,17 +124,18 @@ class RowFile(OpenFile):
 
     # --- changing ---
 
-    def write_at(self, offset: int, data: memoryview | bytes) -> int:
+    def write_at(self, offset: int, data: memoryview | bytes, fast: bool = False) -> int:
         bs = self.map.blocksize
-        with self.lock:
+        self._take(fast)
+        try:
             end = offset + len(data)
             size = os.fstat(self.n).st_size
             first, stop = offset // bs, -(-end // bs)
             if not self.map.extents.has(first, stop, DATA):
                 if offset % bs:
-                    self._fill(first, size)
+                    self._fill(first, size, fast)
                 if end % bs and end < size and not (stop - 1 == first and offset % bs):
-                    self._fill(stop - 1, size)
+                    self._fill(stop - 1, size, fast)
             done = os.pwrite(self.n, data, offset)
             # a short write (full disk): the blocks that it reached whole, and the one it ends in, which was filled
             reached = -(-(offset + done) // bs)
@@ -134,9 +143,11 @@ class RowFile(OpenFile):
                 reached -= 1
                 done = reached * bs - offset
             self._redirect(first, reached, DATA)
-        return done
+            return done
+        finally:
+            self.lock.release()
 
-    def _fill(self, block: int, size: int) -> None:
+    def _fill(self, block: int, size: int, fast: bool) -> None:
         """Bring what a block shows into the upper file, before a part of it is overwritten."""
         if self.map.extents.has(block, block + 1, DATA):
             return
@@ -146,7 +157,7 @@ class RowFile(OpenFile):
         if length <= 0:
             return
         content = bytearray(length)
-        self.read_at(at, memoryview(content))
+        self.read_at(at, memoryview(content), fast)
         if os.pwrite(self.n, content, at) != length:
             raise fail(errno.ENOSPC)
 
@@ -200,7 +211,34 @@ class RowFile(OpenFile):
             (os.fdatasync if datasync else os.fsync)(self.n)
             self.map.checkpoint()
 
+    def bare(self) -> None:
+        """Make the upper file alone show the same: what a power cut left in it where the map has holes goes."""
+        bs = self.map.blocksize
+        size = os.fstat(self.n).st_size
+        for first, stop, kind in self.map.extents.runs(0, -(-size // bs)):
+            if kind != DATA:
+                punch = sysio.FALLOC_FL_PUNCH_HOLE | sysio.FALLOC_FL_KEEP_SIZE
+                sysio.fallocate(self.n, punch, first * bs, (stop - first) * bs)
+        os.fdatasync(self.n)
+
     def needs_base(self) -> bool:
         """Some byte of the base still shows."""
         blocks = -(-self.map.limit // self.map.blocksize)
         return any(kind == 0 for _, _, kind in self.map.extents.runs(0, blocks)) if blocks else False
+
+
+def _pread(fd: int, buffer: memoryview, offset: int, fast: bool) -> int:
+    """`fast`: what is in the page cache, or WouldBlock."""
+    if fast:
+        try:
+            got = os.preadv(fd, (buffer,), offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            raise WouldBlock from None
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                raise
+        else:
+            if got == len(buffer):
+                return got
+            raise WouldBlock  # the end of the file, or of what is cached: the slow lane finds out
+    return os.preadv(fd, (buffer,), offset)

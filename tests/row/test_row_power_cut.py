@@ -130,3 +130,9 @@ def check_cut(
     f.sync(True)
     again = opened(dead, False)
     assert whole(again) == model
+    again.write_at(0, memoryview(model))  # all of it redirected: the upper file alone is to show the same
+    assert not again.needs_base()
+    again.sync(True)
+    again.truncate(len(model) + 5 * BLOCK)
+    again.bare()
+    assert (dead / "own").read_bytes() == model + bytes(5 * BLOCK)

@@ -33,6 +33,7 @@ class Attributes(Data):
             if f.plain:
                 os.ftruncate(f.n, size)
             else:
+                self._park()
                 f.truncate(size)
         else:
             self.make_writable(node, data=False)

@@ -44,11 +44,11 @@ class OpenFile(Fd):
         self.n = n
         self.writable = writable
 
-    # what a subclass that is not plain does in place of the system calls
-    def read_at(self, offset: int, buffer: memoryview) -> int:
+    # what a subclass that is not plain does in place of the system calls; `fast`: WouldBlock instead of waiting
+    def read_at(self, offset: int, buffer: memoryview, fast: bool = False) -> int:
         raise NotImplementedError
 
-    def write_at(self, offset: int, data: memoryview | bytes) -> int:
+    def write_at(self, offset: int, data: memoryview | bytes, fast: bool = False) -> int:
         raise NotImplementedError
 
     def truncate(self, size: int) -> None:

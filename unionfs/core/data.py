@@ -24,7 +24,7 @@ class Data(Rename):
         if f is None:
             f = self._open_data(self._node(nodeid), False)
         if not f.plain:
-            return f.read_at(offset, buffer)
+            return f.read_at(offset, buffer, getattr(self.lanes, "fast", False))
         if not getattr(self.lanes, "fast", False):
             return os.preadv(f.n, (buffer,), offset)
         n = 0
@@ -46,7 +46,10 @@ class Data(Rename):
         f = self.files.get(nodeid)
         if f is None or not f.writable:
             f = self._open_data(self._node(nodeid), True)
-        n = os.pwrite(f.n, data, offset) if f.plain else f.write_at(offset, data)
+        if f.plain:
+            n = os.pwrite(f.n, data, offset)
+        else:
+            n = f.write_at(offset, data, getattr(self.lanes, "fast", False))
         if kill_suidgid:
             self._kill_suidgid(self._node(nodeid))
         return n
@@ -169,6 +172,7 @@ class Data(Rename):
         if f.plain:
             sysio.fallocate(f.n, mode, offset, length)
         else:
+            self._park()
             f.fallocate(mode, offset, length)
 
     def lseek(self, nodeid: int, offset: int, whence: int) -> int:

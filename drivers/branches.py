@@ -12,8 +12,9 @@ import resource
 import time
 
 from unionfs.core.layers import Fd, FdCache, Layer, LDir, fd_path
-from unionfs.errors import EXIT_BUSY, EXIT_LAYER, EXIT_PERMISSION, MountError
+from unionfs.errors import EXIT_BUSY, EXIT_FORMAT, EXIT_LAYER, EXIT_PERMISSION, MountError
 
+ROW_STORE = b".wh..wh.row/maps"  # the row driver's, in an upper's root
 LOCK_WAIT = 3.0  # seconds: a server that was just unmounted needs a moment to go away
 
 
@@ -64,11 +65,19 @@ def check_overlap(paths: list[tuple[str, bytes]]) -> None:
             up = os.path.dirname(up)
 
 
-def open_layer(index: int, path: bytes, role: str, writable: bool, cache: FdCache) -> Layer:
+def open_layer(index: int, path: bytes, role: str, writable: bool, cache: FdCache, maps: bool = False) -> Layer:
+    """`maps`: the driver can read block maps there."""
     try:
-        return Layer(index, path, writable, cache)
+        layer = Layer(index, path, writable, cache)
     except OSError as e:
         raise MountError(f"{role} {show(path)}: can't be opened: {e.strerror}", EXIT_PERMISSION) from None
+    if not maps and os.access(ROW_STORE, os.F_OK, dir_fd=layer.root.open().n, follow_symlinks=False):
+        raise MountError(
+            f"{role} {show(path)}: has block maps of the row driver, so some of its files are only partly there: mount "
+            "it as the upper of --driver row, or make it whole first: unionfs row flatten",
+            EXIT_FORMAT,
+        )
+    return layer
 
 
 def lock(ldir: LDir, role: str, path: bytes) -> None:

@@ -43,6 +43,7 @@ def flag(options: dict[str, str], name: str, default: bool) -> bool:
 
 class OverlayDriver(OverlayMarks):
     name = "overlay"
+    maps = False  # reads the row driver's block maps in upper
     options = {  # noqa: RUF012
         "redirect_dir": "on|off: rename directories of lower layers by a redirect (default on; off: EXDEV)",
         "metacopy": "on|off: a change of a big file's metadata copies no data (default on)",
@@ -92,7 +93,7 @@ class OverlayDriver(OverlayMarks):
         branches.check_overlap(roles)
         fresh = config.work is not None and not os.path.exists(config.work)
         if config.upper is not None:
-            top = branches.open_layer(0, config.upper, "upper", not config.read_only, self.fds)
+            top = branches.open_layer(0, config.upper, "upper", not config.read_only, self.fds, self.maps)
             self.layers.append(top)
             if config.read_only:
                 self.read_only = True

@@ -40,6 +40,7 @@ BLOCKSIZES = {"4k": 4096, "16k": 16384, "64k": 65536, "128k": 131072}
 
 class RowDriver(OverlayDriver):
     name = "row"
+    maps = True
     options = {  # noqa: RUF012
         **OverlayDriver.options,
         "blocksize": "4k|16k|64k|128k: the unit of redirection for files first written from now on (default 4k)",

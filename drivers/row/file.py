@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ZERO_RANGE = 0x10
+CHUNK = 1 << 20
 _KNOWN = sysio.FALLOC_FL_KEEP_SIZE | sysio.FALLOC_FL_PUNCH_HOLE | ZERO_RANGE
 
 
@@ -210,6 +211,22 @@ class RowFile(OpenFile):
         with self.lock:
             (os.fdatasync if datasync else os.fsync)(self.n)
             self.map.checkpoint()
+
+    def absorb(self) -> None:
+        """Copy up all that still shows of the base."""
+        bs = self.map.blocksize
+        with self.lock:
+            size = os.fstat(self.n).st_size
+            for first, stop, kind in self.map.extents.runs(0, -(-size // bs)):
+                if kind:
+                    continue
+                for block in range(first, stop, CHUNK // bs):
+                    upto = min(block + CHUNK // bs, stop)
+                    content = bytearray(min(upto * bs, size) - block * bs)
+                    self.read_at(block * bs, memoryview(content))
+                    if os.pwrite(self.n, content, block * bs) != len(content):
+                        raise fail(errno.ENOSPC)
+                    self._redirect(block, upto, DATA)
 
     def bare(self) -> None:
         """Make the upper file alone show the same: what a power cut left in it where the map has holes goes."""

@@ -265,3 +265,38 @@ def test_sqlite_in_the_lower(row: Row, size: str) -> None:
     db.close()
     row.umount()
     assert (row.lower / "db").read_bytes() == Path(before).read_bytes()
+
+
+def test_flatten_makes_a_plain_upper(row: Row) -> None:
+    """Other drivers refuse an upper with maps; flattened, the kernel's overlayfs shows what the mount showed."""
+    model = content(MIB)
+    (row.lower / "f").write_bytes(model)
+    row.mount()
+    poke(row.merged / "f", 500_001, b"abc")
+    model[500_001:500_004] = b"abc"
+    os.rename(row.merged / "f", row.merged / "g")
+    os.link(row.merged / "g", row.merged / "h")
+    os.truncate(row.merged / "g", 2 * MIB)
+    model += bytes(MIB)
+    row.umount()
+    for argv in (
+        ["--lower", row.lower, "--upper", row.upper, "--work", row.work],
+        ["--lower", row.upper],
+        ["--driver", "row", "--lower", row.upper],
+    ):
+        done = subprocess.run([UNIONFS, "mount", *argv, row.merged], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 8, done
+        assert "row flatten" in done.stderr
+    subprocess.run([UNIONFS, "row", "flatten", "--lower", row.lower, row.upper], check=True, timeout=60)
+    assert sorted(os.listdir(row.where)) == ["lower", "merged", "upper", "work"]
+    for path in (row.upper / "g", row.upper / "h"):
+        assert path.read_bytes() == model
+    shutil.rmtree(row.work)
+    row.work.mkdir()
+    layers = f"lowerdir={row.lower},upperdir={row.upper},workdir={row.work}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, row.merged], check=True)
+    try:
+        assert sorted(os.listdir(row.merged)) == ["g", "h"]
+        assert (row.merged / "h").read_bytes() == model
+    finally:
+        subprocess.run(["umount", row.merged], check=True)

@@ -60,6 +60,9 @@ class OpenFile(Fd):
     def seek(self, offset: int, whence: int) -> int:
         raise NotImplementedError
 
+    def absorb(self) -> None:
+        raise NotImplementedError
+
     def sync(self, datasync: bool) -> None:
         raise NotImplementedError
 

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "which": ("inspect_which", "which layer a path comes from"),
     "diff": ("diff", "what was added, changed and deleted; as an OCI layer too"),
     "branch": ("branch", "add, change or take away branches of a mounted union"),
+    "row": ("row", "make an upper of the row driver a plain one"),
     "fsck": ("fsck", "check the block maps of an upper that the row driver wrote"),
     "completion": ("completion", "completion script for a shell"),
 }

@@ -236,10 +236,11 @@ class BlockMap:
 
     def checkpoint(self) -> None:
         """The caller has synced the data: make what the map says of it durable too."""
-        if self.dirty:
-            self._append(CHECKPOINT, 0, 0)
-            self.dirty = False
+        if not self.dirty:
+            return  # a sync of a clean file is a flush of the disk all the same
+        self._append(CHECKPOINT, 0, 0)
         os.fdatasync(self.fd)
+        self.dirty = False
 
     def compacted(self) -> bytes | None:
         """The same map in as few records as there are extents, where that is worth it."""

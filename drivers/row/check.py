@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from .blockmap import DATA, HOLE, BlockMap, MapError
+from .blockmap import DATA, HOLE, Base, BlockMap, MapError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def _check_map(maps: bytes, path: bytes, ident: str, size: int, repair: bool) ->
     except OSError as e:
         return [Finding(path, f"the maps are gone: {e.strerror}", True)]
     try:
-        found = BlockMap.load(dirfd, ident, False)
+        found = BlockMap.load(dirfd, ident, False, (4096, Base(0, 0, 0)))  # an empty one is no damage
         try:
             out: list[Finding] = []
             if not found.trusted:

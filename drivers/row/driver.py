@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import sys
 import threading
 from weakref import WeakValueDictionary
@@ -135,7 +134,7 @@ class RowDriver(OverlayDriver):
     def _new_map(self, n: int, base: OpenFile) -> tuple[str, BlockMap]:
         maps = self._store(True)
         assert maps is not None
-        ident = secrets.token_hex(12)
+        ident = os.urandom(12).hex()
         st = os.fstat(base.n)
         blockmap = BlockMap.create(maps.open().n, ident, self.blocksize, Base(st.st_size, st.st_mtime_ns, st.st_ino))
         os.setxattr(n, self.prefix + MARK, ident.encode())

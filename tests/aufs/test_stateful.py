@@ -32,12 +32,11 @@ PATHS = st.builds(lambda folder, name: folder + name, DIRS, st.sampled_from((*NA
 TREES = {
     "rw0": {"d/a": "rw0 d/a", "e/.wh.b": ""},
     "rw1": {"a": "rw1 a", "d/b": "rw1 d/b", "d/s/c": "rw1 s/c", "e/c": "rw1 e/c"},
-    "ro": {
-        "a": "ro a", "b": "ro b", "d/a": "ro d/a", "d/s/a": "ro s/a", "e/b": "ro e/b", "e/d/a": "ro e/d/a", ".wh.c": "",
-    },
+    "ro": {"a": "ro a", "b": "ro b", "d/a": "ro d/a", "d/s/a": "ro s/a", "e/b": "ro e/b", "e/d/a": "ro", ".wh.c": ""},
     "x": {"b": "x b", "c": "x c", "d/c": "x d/c", ".wh.a": "", "e/.wh..wh..opq": "", "e/s/a": "x e/s/a"},
     "y": {"a/b": "y a/b", "d": "y d", "e/a": "y e/a"},
 }
+MODES = ("ro", "ro+wh", "rw", "rr")
 POLICIES = ("tdp", "rr", "mfs", "pmfs", "tdmfs:1k", "pmfsrr:1k:5", "mfsrr:1k")
 
 
@@ -177,11 +176,7 @@ class Union(RuleBasedStateMachine):
 
     # --- the branches ---
 
-    @rule(
-        name=st.sampled_from(("x", "y", "rw1", "ro")),
-        at=st.integers(0, 4),
-        mode=st.sampled_from(("ro", "ro+wh", "rw", "rr")),
-    )
+    @rule(name=st.sampled_from(("x", "y", "rw1", "ro")), at=st.integers(0, 4), mode=st.sampled_from(MODES))
     def add(self, name: str, at: int, mode: str) -> None:
         if name not in [branch for branch, _ in self.branches] and at <= len(self.branches):
             self.union.change(("insert", at, name, mode))

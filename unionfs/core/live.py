@@ -132,6 +132,9 @@ class LiveUnion(UnionOperations):
                 plan.abandon()
                 raise
             self._tell_kernel(changed)
+            for layer in plan.removed:
+                if not self._nodes_on(layer):
+                    layer.root.fd = None  # its filesystem can be unmounted
             return plan.summary()
 
     # --- is a layer in use? ---

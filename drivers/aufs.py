@@ -20,7 +20,7 @@ from unionfs.sysio import RENAME_EXCHANGE, renameat2
 
 from . import aufs_branches as own
 from . import branches, origin
-from .aufs_policy import CreatePolicy, copyup_policy
+from .aufs_policy import CreatePolicy, Space, copyup_policy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class AufsDriver(Driver):
         "br": "br:PATH=rw:PATH=ro+wh…: the branches, topmost first (also br=, dirs=)",
         "create": "tdp|tdmfs:LOW|rr|mfs|mfsrr:LOW|pmfs|pmfsrr:LOW[:SECONDS]: the branch for new files (default tdp)",
         "cpup": "tdp|bup|bu: the branch for copies of files of read-only branches (default tdp)",
+        "moveonenospc": "on|off: a file on a full branch moves to another one when more is written (default off)",
         "shwh": "show whiteouts (read-only mounts)",
         "sum": "free space is that of all branches together",
         "wsum": "free space is that of the writable branches together",
@@ -86,6 +87,9 @@ class AufsDriver(Driver):
         self.always_opaque = o.get("diropq", "") in ("always", "a")
         self.redirects = "dirren" in o
         self.volatile = "volatile" in o
+        self.moves = branches.flag(o, "moveonenospc", False)
+        if self.moves and config.data == "passthrough":
+            raise MountError("moveonenospc: data=passthrough lets the kernel write by itself; leave one out", EXIT_USAGE)
         self.sum = "all" if "sum" in o else "rw" if "wsum" in o else ""
         self._holder: LDir | None = None  # work/, where it was given
         self._tmp_count = 0
@@ -301,6 +305,11 @@ class AufsDriver(Driver):
             if until < now:
                 self.full.pop(layer, None)
         return [layer for layer in fit if layer not in self.full] or fit
+
+    def place_moved(self, fit: list[Layer], size: int) -> Layer | None:
+        space = Space(0.0)
+        best = space.most(fit)
+        return best if space.free(best) > size else None
 
     def filled(self, layer: Layer) -> bool:
         from time import monotonic

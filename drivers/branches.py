@@ -12,10 +12,21 @@ import resource
 import time
 
 from unionfs.core.layers import Fd, FdCache, Layer, LDir, fd_path
-from unionfs.errors import EXIT_BUSY, EXIT_FORMAT, EXIT_LAYER, EXIT_PERMISSION, MountError
+from unionfs.errors import EXIT_BUSY, EXIT_FORMAT, EXIT_LAYER, EXIT_PERMISSION, EXIT_USAGE, MountError
 
 ROW_STORE = b".wh..wh.row/maps"  # the row driver's, in an upper's root
 LOCK_WAIT = 3.0  # seconds: a server that was just unmounted needs a moment to go away
+
+
+def flag(options: dict[str, str], name: str, default: bool) -> bool:
+    value = options.get(name)
+    if value is None:
+        return default
+    if value in ("", "on", "1", "yes", "true"):
+        return True
+    if value in ("off", "0", "no", "false", "nofollow"):
+        return False
+    raise MountError(f"{name}={value}: must be on or off", EXIT_USAGE)
 
 
 def show(path: bytes) -> str:

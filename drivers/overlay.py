@@ -18,6 +18,7 @@ from unionfs.errors import EXIT_LAYER, EXIT_PERMISSION, EXIT_USAGE, MountError
 from unionfs.sysio import RENAME_EXCHANGE, RENAME_WHITEOUT, renameat2
 
 from . import branches, origin
+from .branches import flag
 from .overlay_marks import PREFIXES, WH_OPAQUE, OverlayMarks
 
 TYPE_CHECKING = False
@@ -28,17 +29,6 @@ if TYPE_CHECKING:
 
 WH = b".wh."
 MAX_LOWERS = 500
-
-
-def flag(options: dict[str, str], name: str, default: bool) -> bool:
-    value = options.get(name)
-    if value is None:
-        return default
-    if value in ("", "on", "1", "yes", "true"):
-        return True
-    if value in ("off", "0", "no", "false", "nofollow"):
-        return False
-    raise MountError(f"{name}={value}: must be on or off", EXIT_USAGE)
 
 
 class OverlayDriver(OverlayMarks):

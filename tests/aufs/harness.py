@@ -100,7 +100,7 @@ View = dict[str, bytes | None]  # path below the root → content, None: a direc
 
 
 def merge(branches: list[tuple[Path, str]]) -> View:
-    """What the branches (topmost first, with permissions) show together, by the rules of the format, no code of ours."""
+    """What the branches (topmost first, with permissions) show together, by the format's rules, by no code of ours."""
     view: View = {}
 
     def descend(path: str, levels: list[tuple[Path, str]]) -> None:

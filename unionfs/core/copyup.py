@@ -188,6 +188,24 @@ class CopyUp(Placement):
         st = self._stat(node)
         return self._can_metacopy(node, st) and self.driver.redirects_data(node, st, size)
 
+    def _move_from_full(self, node: Node) -> bool:
+        """The layer that node lies in is full: take the file to one that has room. False: it has to stay."""
+        layer, p = node.ldir.layer, node.parent
+        self.driver.filled(layer)
+        if p is None or not self.driver.moves or (node.more is not None and node.more.unlinked):
+            return False
+        others = [other for other in self.driver.writable if other is not layer and self._could_move(node, other)]
+        target = self.driver.place_moved(others, self._stat(node).st_size) if others else None
+        if target is None:
+            return False
+        try:
+            self.relocate(node, target)
+        except OSError as e:
+            if e.errno not in (errno.EXDEV, errno.EBUSY, errno.ENOSPC, errno.EDQUOT):
+                raise
+            return False
+        return True
+
     def _can_metacopy(self, node: Node, st: os.stat_result) -> bool:
         return (
             self.driver.metacopy
@@ -197,9 +215,17 @@ class CopyUp(Placement):
         )
 
     def _copy_up(self, node: Node, st: os.stat_result, data: bool, length: int) -> None:
+        while True:
+            layer = self._place_copy(node.parent or self.root, node.ldir.layer)
+            try:
+                return self._copy_up_to(layer, node, st, data, length)
+            except OSError as e:
+                if e.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.driver.filled(layer):
+                    raise
+
+    def _copy_up_to(self, layer: Layer, node: Node, st: os.stat_result, data: bool, length: int) -> None:
         more = node.more
         unlinked = more is not None and more.unlinked
-        layer = self._place_copy(node.parent or self.root, node.ldir.layer)
         work = self._work(layer)
         into: LDir | None = None
         if not unlinked:

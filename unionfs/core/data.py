@@ -46,10 +46,15 @@ class Data(Rename):
         f = self.files.get(nodeid)
         if f is None or not f.writable:
             f = self._open_data(self._node(nodeid), True)
-        if f.plain:
-            n = os.pwrite(f.n, data, offset)
-        else:
-            n = f.write_at(offset, data, getattr(self.lanes, "fast", False))
+        try:
+            if f.plain:
+                n = os.pwrite(f.n, data, offset)
+            else:
+                n = f.write_at(offset, data, getattr(self.lanes, "fast", False))
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._move_from_full(self._node(nodeid)):
+                raise
+            n = os.pwrite(self._open_data(self._node(nodeid), True).n, data, offset)
         if kill_suidgid:
             self._kill_suidgid(self._node(nodeid))
         return n

@@ -130,6 +130,12 @@ class Driver:
         """The layer that an entry of parent is copied up to; all that fit are above its own."""
         return fit[0]
 
+    moves = False  # a file whose layer is full moves to another one when more is written to it
+
+    def place_moved(self, fit: list[Layer], size: int) -> Layer | None:
+        """The layer for a file of that size that has to leave its own; None: none has room."""
+        return None
+
     def filled(self, layer: Layer) -> bool:
         """The layer has reported ENOSPC: whether another one should be tried."""
         return False

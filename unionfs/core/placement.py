@@ -11,7 +11,7 @@ import errno
 from unionfs.core.base import fail
 from unionfs.core.layers import Layer
 from unionfs.core.listing import Listing
-from unionfs.core.nodes import Dir
+from unionfs.core.nodes import Dir, Node
 
 
 class Placement(Listing):
@@ -42,6 +42,18 @@ class Placement(Listing):
     def _shows(self, p: Dir, name: bytes, layer: Layer) -> bool:
         """An entry of p in that layer would be seen. False also where something in a layer above has the name."""
         return not self._hidden(p, name, layer) and self._joins(p, layer)
+
+    def _could_move(self, node: Node, layer: Layer) -> bool:
+        """The file would be seen in that layer too, once it is gone from its own, and takes nothing's place there."""
+        p = node.parent
+        assert p is not None
+        taken = (
+            ldir.layer.index <= layer.index
+            and ldir.layer is not node.ldir.layer
+            and self.driver.probe(ldir, node.name) is not None
+            for ldir in p.ldirs
+        )
+        return not any(taken) and self._joins(p, layer)
 
     def _hidden(self, p: Dir, name: bytes, layer: Layer) -> bool:
         if len(p.ldirs) > 1:

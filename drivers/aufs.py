@@ -89,14 +89,18 @@ class AufsDriver(Driver):
         self.volatile = "volatile" in o
         self.moves = branches.flag(o, "moveonenospc", False)
         if self.moves and config.data == "passthrough":
-            raise MountError("moveonenospc: data=passthrough lets the kernel write by itself; leave one out", EXIT_USAGE)
+            raise MountError("moveonenospc: not with data=passthrough, the kernel writes by itself there", EXIT_USAGE)
         self.sum = "all" if "sum" in o else "rw" if "wsum" in o else ""
         self._holder: LDir | None = None  # work/, where it was given
         self._tmp_count = 0
-        self._open(config)
         self.show_whiteouts = "shwh" in o
-        if self.show_whiteouts and not self.read_only:
-            raise MountError("shwh: only a read-only mount shows whiteouts; add ro", EXIT_USAGE)
+        try:
+            self._open(config)
+            if self.show_whiteouts and not self.read_only:
+                raise MountError("shwh: only a read-only mount shows whiteouts; add ro", EXIT_USAGE)
+        except BaseException:
+            self.stop()
+            raise
         if "warn_perm" in o:
             for layer in self.layers[1:]:
                 self._warn_perm(layer)
@@ -196,7 +200,7 @@ class AufsDriver(Driver):
 
     def stop(self) -> None:
         for layer in self.layers:
-            if layer.writable:
+            if layer.work is not None:
                 own.leave(layer)
             layer.root.fd = None  # the locks go with the descriptors
         if self._holder is not None:

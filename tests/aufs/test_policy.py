@@ -33,7 +33,9 @@ def policy(text: str, **free: int) -> CreatePolicy:
     return made
 
 
-def chosen(made: CreatePolicy, where: Any, count: int = 1, is_dir: bool = False, fit: tuple[Branch, ...] = (A, B, C)) -> str:
+def chosen(
+    made: CreatePolicy, where: Any, count: int = 1, is_dir: bool = False, fit: tuple[Branch, ...] = (A, B, C)
+) -> str:
     return "".join("abc"[made.choose(where, fit, is_dir).index] for _ in range(count))  # type: ignore[arg-type]
 
 
@@ -99,8 +101,8 @@ def test_permissions() -> None:
     assert parse("rr+wh", b"/x", "rw") == ("rr", {"wh"})
     assert parse("rw+nolwh", b"/x", "ro") == ("rw", {"nolwh"})
     for text, said in (
-        ("wr", "did you mean"), ("rw+wh", "ro and rr"), ("ro+nolwh", "rw only"), ("ro+wx", "wx"), ("rw+coo_reg", "coo_reg"),
-        ("ro+icexsec", "icexsec"), ("rw+fhsm", "fhsm"), ("rw+moo", "moo"), ("ro+", "known"),
+        ("wr", "one of rw"), ("rw+wh", "ro and rr"), ("ro+nolwh", "rw only"), ("ro+wx", "wx"),
+        ("rw+coo_reg", "coo_reg"), ("ro+icexsec", "icexsec"), ("rw+fhsm", "fhsm"), ("rw+moo", "moo"), ("ro+", "known"),
     ):  # fmt: skip
         with pytest.raises(MountError, match=said) as caught:
             parse(text, b"/x", "rw")

@@ -1,5 +1,5 @@
-"""A disk that can lose power: records every write, truncation, hole and sync that the row driver makes, and rebuilds what
-may be on the platter if the power goes at any of these points.
+"""A disk that can lose power: records every write, truncation, hole and sync that the row driver makes, and rebuilds
+what may be on the platter if the power goes at any of these points.
 
 What was synced is there. Of what was not, any subset may be: each write in units of a page, each truncation or hole
 as a whole, and later ones without earlier ones.

@@ -1,4 +1,4 @@
-"""After a power cut at any point: what was synced is there, of the rest each byte is an old or a new one, never garbage.
+"""After a power cut at any point: what was synced is there, the rest is old or new byte by byte, never garbage.
 
 Unlike test_rowfile.py's, these cuts lose any subset of the pages that were not synced, of the file and of its map.
 """

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 _NS = 1_000_000_000
+# A layer that does not answer: its server died, or its network went away.
+LAYER_GONE = frozenset((errno.ENOTCONN, errno.ECONNABORTED, errno.ESTALE, errno.EHOSTDOWN, errno.ETIMEDOUT))
 # One int for all nodes of a kind: masking the mode makes a new one, 32 bytes, for each.
 _KINDS = {kind << 12: kind << 12 for kind in (1, 2, 4, 6, 8, 10, 12)}
 
@@ -238,7 +240,12 @@ class Base:
         if len(node.ldirs) == 1:
             return nlink
         if node.subdirs < 0:
-            self._list(node)
+            try:
+                self._list(node)
+            except OSError as e:
+                if e.errno not in LAYER_GONE:
+                    raise
+                return 1  # as filesystems say that don't count
         return node.subdirs + 2
 
     def getattr(self, nodeid: int) -> Attr:

@@ -11,7 +11,7 @@ import os
 from stat import S_ISDIR
 
 from unionfs.api import Entry
-from unionfs.core.base import Base, fail
+from unionfs.core.base import LAYER_GONE, Base, fail
 from unionfs.core.layers import LDir
 from unionfs.core.nodes import Dir, Node
 
@@ -51,7 +51,7 @@ class Lookup(Base):
                 raise fail(errno.ENAMETOOLONG, name)
             names = p.names
             if names is None:
-                names = self._merge(p)
+                names = self._merge(p, name)
             known = names.get(name, _UNKNOWN)
             if known is None or (known is _UNKNOWN and p.complete):
                 return None
@@ -61,12 +61,20 @@ class Lookup(Base):
         st = self.driver.probe(ldir, name)
         return (ldir, st) if st else None
 
-    def _merge(self, p: Dir) -> dict[bytes, LDir | None]:
-        """List the layers above the bottom: who has which name first."""
+    def _merge(self, p: Dir, wanted: bytes | None = None) -> dict[bytes, LDir | None]:
+        """List the layers above the bottom: who has which name first.
+
+        Where one of them is gone (a dead server), those above it are enough if they know `wanted`; that is not kept.
+        """
         names: dict[bytes, LDir | None] = {}
         stacks: dict[bytes, list[LDir | None]] = {}
         for ldir in p.ldirs[:-1]:
-            self._merge_layer(names, stacks, ldir)
+            try:
+                self._merge_layer(names, stacks, ldir)
+            except OSError as e:
+                if e.errno not in LAYER_GONE or wanted not in names:
+                    raise
+                return names
         p.names, p.stacks, p.complete = names, stacks, False
         self._remember(p, len(names))
         return names
@@ -164,7 +172,11 @@ class Lookup(Base):
                 node = self._indexed(p, name, ldir, st, *indexed)
         if node is None:
             return None
-        if not (node.parent is p and node.name == name):
+        if node.parent is None:  # all names that were known are gone: this one is the first again
+            node.parent, node.name = p, name
+            if node.more is None or node.more.index is None:
+                node.ldir = ldir
+        elif not (node.parent is p and node.name == name):
             node.extra().aliases.append((p, name))
         p.children[name] = node
         return node
@@ -174,6 +186,9 @@ class Lookup(Base):
         upper = os.stat(entry, dir_fd=index.open().n, follow_symlinks=False)
         known = self.table.links.get((upper.st_dev, upper.st_ino))
         if known is not None:
+            more = known.extra()
+            if more.index is None:  # found by a name in the upper layer first
+                more.index, known.ldir = entry, index
             return known
         node = Node(p, name, index, self.ino_of(st), self._kind(st))
         self._register_link(node, upper)
@@ -209,7 +224,12 @@ class Lookup(Base):
         while True:
             if current.layer.index == self.bottom:
                 break
-            marks = self.driver.marks(current)
+            try:
+                marks = self.driver.marks(current)
+            except OSError as e:
+                if e.errno not in LAYER_GONE or current is first:
+                    raise
+                break
             if marks.redirect is not None:
                 if current is first and ldir.layer.writable:
                     redirect = self._absolute(p, marks.redirect)
@@ -223,10 +243,19 @@ class Lookup(Base):
                 break
             stack.append(following)
             current = following
-        bottom = st if len(stack) == 1 else os.fstat(stack[-1].open().n)
-        d = Dir(p, name, stack, self.ino_of(bottom))
+        d = Dir(p, name, stack, self.ino_of(st if len(stack) == 1 else self._lowest(stack, st)))
         d.redirect = redirect
         return d
+
+    @staticmethod
+    def _lowest(stack: list[LDir], st: os.stat_result) -> os.stat_result:
+        """Attributes of the lowest directory of a stack, whose number the merged one shows; st: of the topmost."""
+        try:
+            return os.fstat(stack[-1].open().n)
+        except OSError as e:
+            if e.errno not in LAYER_GONE:
+                raise
+            return st
 
     def _candidates(self, p: Dir, name: bytes, at: int) -> Iterator[LDir]:
         """The layer directories below p.ldirs[at] that have `name` as a directory, until something cuts them off."""
@@ -240,7 +269,13 @@ class Lookup(Base):
         else:
             rest = p.ldirs[at + 1 :]
         for ldir in rest:
-            st = self.driver.probe(ldir, name)
+            try:
+                st = self.driver.probe(ldir, name)
+            except OSError as e:
+                if e.errno not in LAYER_GONE:
+                    raise
+                yield ldir.child(name)  # as if it were there: what is not found above it is its error
+                return
             if st is None:
                 continue
             if not st or not S_ISDIR(st.st_mode):

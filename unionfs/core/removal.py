@@ -139,6 +139,8 @@ class Removal(Create):
         more.unlinked = lower_only or links <= 0
         if more.unlinked and more.data is not None and not lower_only:
             self.driver.inode_gone(self._at(node)[1])
+        if not more.unlinked:
+            node.parent, node.name = None, b""  # until another name is looked up
         if more.key is not None and more.unlinked and self.table.links.get(more.key) is node:
             del self.table.links[more.key]
 

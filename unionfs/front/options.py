@@ -178,6 +178,8 @@ def check_options(config: MountConfig, driver_options: Iterable[str]) -> None:
             hint = nearest(name, sorted(known | set(VFS_WORDS)))
             raise MountError(f"unknown option -o {name}{hint} (driver {config.driver})", EXIT_USAGE)
     if config.branches and "br" not in known:
-        raise MountError(f"driver {config.driver} has no branches: give --lower and --upper", EXIT_USAGE)
+        raise MountError(
+            f"branches: driver {config.driver} has none: give --lower and --upper, or --driver aufs", EXIT_USAGE
+        )
     if len(config.lowers) > MAX_LAYERS:
         raise MountError(f"{len(config.lowers)} lower directories: the limit is {MAX_LAYERS}", EXIT_LAYER)

@@ -79,29 +79,29 @@ def session_kind(config: MountConfig) -> str:
 
 def make_session(fd: int | None, ops: Operations, config: MountConfig) -> Session:
     """A transport for `ops`: the direct one serves the mounted device `fd`; pyfuse3 mounts by itself."""
-    options = config.options
-    writeback = options.get("writeback", WRITEBACK) not in ("0", "off")
-    max_threads = int(_number("max_threads", options.get("max_threads", "16"), 1, 256))
-    timeout = int(_number("timeout", options["timeout"], 0, FOREVER)) if "timeout" in options else None
+    settings = session_settings(config)
     if session_kind(config) == "direct":
         from unionfs.session.direct import DirectSession
 
         assert fd is not None
         return DirectSession(
-            fd,
-            ops,
-            data=config.data,
-            writeback=writeback,
-            debug=config.debug,
-            max_threads=max_threads,
-            acl="noacl" not in options,
-            timeout=timeout,
+            fd, ops, data=config.data, debug=config.debug, acl="noacl" not in config.options, **settings
         )
     try:
         from unionfs.session.pyfuse3_session import Pyfuse3Session
     except ImportError as error:
         raise MountError(f"--session pyfuse3: {error}: pip install pyfuse3 trio", EXIT_FAILURE) from None
-    return Pyfuse3Session(ops, config, writeback=writeback, max_threads=max_threads, timeout=timeout)
+    return Pyfuse3Session(ops, config, **settings)
+
+
+def session_settings(config: MountConfig) -> dict[str, Any]:
+    """What both sessions are told in the same words."""
+    options = config.options
+    return {
+        "writeback": options.get("writeback", WRITEBACK) not in ("0", "off"),
+        "max_threads": int(_number("max_threads", options.get("max_threads", "16"), 1, 256)),
+        "timeout": int(_number("timeout", options["timeout"], 0, FOREVER)) if "timeout" in options else None,
+    }
 
 
 def _number(name: str, text: str, least: int, most: int) -> float:

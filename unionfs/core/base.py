@@ -126,22 +126,24 @@ class Base:
             node = self.slots[nodeid]
         except IndexError:
             node = None
-        if node is None:
-            raise fail(errno.ESTALE)
-        return node
+        return node if node is not None else self.table.revive(nodeid)
 
     def _dir(self, nodeid: int) -> Dir:
         node = self.slots[nodeid]
         if not isinstance(node, Dir):
-            raise fail(errno.ENOTDIR if node else errno.ESTALE)
+            node = node or self.table.revive(nodeid)
+            if not isinstance(node, Dir):
+                raise fail(errno.ENOTDIR)
         return node
 
     def forget(self, nodeid: int, nlookup: int) -> None:
         node = self.slots[nodeid]
         if node is None:
+            self.table.forgotten(nodeid, nlookup)
             return
-        node.nlookup -= nlookup
-        if node.nlookup <= 0 and nodeid != 1:
+        counts = self.table.counts
+        counts[nodeid] -= nlookup
+        if counts[nodeid] <= 0 and nodeid != 1:
             if isinstance(node, Dir):
                 if node.children:
                     return
@@ -254,7 +256,7 @@ class Base:
 
     def _entry(self, node: Node, st: os.stat_result) -> Entry:
         attr = self._attr(node, st)
-        node.nlookup += 1
+        self.table.counts[node.id] += 1
         return node.id, self.table.generations[node.id], attr
 
     # --- lanes ---

@@ -126,7 +126,7 @@ class CopyUp(Placement):
             done = threading.Event()
             if self.copying.setdefault(node, done) is not done:
                 continue
-            known = node.nlookup > 0  # else it is the caller's, who settles it
+            known = self.table.counts[node.id] > 0  # else it is the caller's, who settles it
             try:
                 if node.ldir.layer.writable:
                     self._copy_data_up(node, length)
@@ -135,7 +135,7 @@ class CopyUp(Placement):
             finally:
                 del self.copying[node]
                 done.set()
-                if known and node.nlookup <= 0 and node.id:
+                if known and node.id and self.table.counts[node.id] <= 0:
                     self.forget(node.id, 0)
             return
 
@@ -237,6 +237,7 @@ class CopyUp(Placement):
             copied, made = self._build_copy(node, st, work, tmp, data, length)
             if unlinked:
                 node.extra().pin = Fd(os.open(tmp, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=work.open().n))
+                self.table.changed(node)
                 os.unlink(tmp, dir_fd=work.open().n)
             else:
                 assert into is not None

@@ -243,6 +243,7 @@ class Create(CopyUp):
             more.orphan = more.unlinked = False
             more.pin = None
             node.parent, node.name, node.ldir = p, name, ldir
+            self.table.changed(node)
         else:
             more.aliases.append((p, name))
         if more.key is None:

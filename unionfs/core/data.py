@@ -160,7 +160,7 @@ class Data(Rename):
             if part and isinstance(node, Dir):
                 node = self._child(node, part)
                 known.append(node)
-        node.nlookup += 1  # as if the kernel knew it
+        self.table.counts[node.id] += 1  # as if the kernel knew it
         try:
             if node.ldir.layer.writable and node.more is not None and node.more.data is not None:
                 f = self._open_data(node, True)

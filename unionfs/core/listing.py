@@ -28,7 +28,7 @@ class Listing(Lookup):
         p = self._dir(nodeid)
         out: list[DirEntryPlus] = []
         children = p.children
-        generations = self.table.generations
+        generations, counts = self.table.generations, self.table.counts
         stat, attr_of = self._stat, self._attr
         for position, name in self._after(p, cookie, size, overhead):
             size -= (overhead + len(name) + 7) & ~7
@@ -50,7 +50,7 @@ class Listing(Lookup):
                 attr = attr_of(node, st)
             except FileNotFoundError:
                 continue
-            node.nlookup += 1
+            counts[node.id] += 1
             out.append((name, position, (node.id, generations[node.id], attr)))
         order = p.order
         if not out and order is not None and len(order.names) > NAMES_KEPT:

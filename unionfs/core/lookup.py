@@ -32,7 +32,7 @@ class Lookup(Base):
                 st = self._stat(node)
             except FileNotFoundError:
                 return None
-            node.nlookup += 1
+            self.table.counts[node.id] += 1
             return node.id, self.table.generations[node.id], self._attr(node, st)
         found = self._find(p, name)
         if found is None:
@@ -208,6 +208,7 @@ class Lookup(Base):
         more = node.extra()
         more.key = (st.st_dev, st.st_ino)
         self.table.links[more.key] = node
+        self.table.changed(node)
 
     # --- directories ---
 
@@ -368,7 +369,7 @@ class Lookup(Base):
 
     def _settle(self, node: Node) -> None:
         """Drop a node that only this operation needed."""
-        if node.nlookup == 0 and node.id:
+        if node.id and not self.table.counts[node.id]:
             self.forget(node.id, 0)
 
     def _below(self, p: Dir, name: bytes, layer_index: int) -> os.stat_result | None:

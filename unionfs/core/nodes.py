@@ -1,12 +1,16 @@
 """The node table: what the kernel knows, by node id.
 
-A node lives while the kernel holds lookups on it (nlookup > 0) or a known child needs its parent. Ids are slots of a
-list, used again after FORGET with another generation. `+=` on an attribute is one step under CPython's GIL (no
-eval-breaker check between load and store), which is what makes nlookup safe across threads.
+A node lives while the kernel holds lookups on it (`counts[id]` > 0) or a known child needs its parent. Ids are slots of
+a list, used again after FORGET with another generation. `+=` on an array's element is one step under CPython's GIL (no
+eval-breaker check between load and store), which is what makes the counts safe across threads.
+
+What a successor of this process would have to know is told to `changed` and `leaving`; here nobody listens.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 from array import array
 
 from unionfs.api import ROOT_ID
@@ -53,7 +57,7 @@ class More:
 class Node:
     """A file of any kind but a directory. `ldir` and `rname` say where the inode is on disk."""
 
-    __slots__ = ("id", "ino", "kind", "ldir", "more", "name", "nlookup", "parent")
+    __slots__ = ("id", "ino", "kind", "ldir", "more", "name", "parent")
 
     def __init__(self, parent: Dir | None, name: bytes, ldir: LDir, ino: int, kind: int) -> None:
         self.id = 0
@@ -62,7 +66,6 @@ class Node:
         self.ldir = ldir  # the layer directory that holds it under the same name
         self.ino = ino  # st_ino as users see it
         self.kind = kind  # S_IFMT bits
-        self.nlookup = 0
         self.more: More | None = None
 
     def extra(self) -> More:
@@ -113,13 +116,13 @@ class NodeTable:
     def __init__(self, root: Dir) -> None:
         self.slots: list[Node | None] = [None, root]
         self.generations = array("I", [0, 0])
+        self.counts: array[int] | memoryview[int] = array("i", [0, 1])  # lookups that the kernel holds
         self.free: list[int] = []
         self.links: dict[tuple[int, int], Node] = {}
         self.count = 1
         self.merged: dict[Dir, int] = {}  # directories whose names are remembered, oldest first: how many
         self.merged_names = 0
         root.id = ROOT_ID
-        root.nlookup = 1
 
     def add(self, node: Node) -> None:
         """Give the node an id. Its parent's `children` is the caller's."""
@@ -131,6 +134,7 @@ class NodeTable:
             slot = len(self.slots)
             self.slots.append(node)
             self.generations.append(0)
+            self.counts.append(0)  # type: ignore[union-attr]
         node.id = slot
         self.count += 1
 
@@ -148,6 +152,7 @@ class NodeTable:
                     self._reap(parent)
             more.pin = None
         self.slots[node.id] = None
+        self.counts[node.id] = 0
         self.free.append(node.id)
         self.count -= 1
         node.id = 0
@@ -159,5 +164,18 @@ class NodeTable:
 
     def _reap(self, directory: Dir) -> None:
         """A forgotten directory goes when its last known child has."""
-        if directory.nlookup <= 0 and not directory.children and directory.id > ROOT_ID:
+        if self.counts[directory.id] <= 0 and not directory.children and directory.id > ROOT_ID:
             self.drop(directory)
+
+    def changed(self, node: Node) -> None:
+        """The node's name, its parent, or what keeps it reachable without a name is another now."""
+
+    def leaving(self, node: Node, parent: Dir, name: bytes) -> None:
+        """One of the node's names is about to go."""
+
+    def forgotten(self, nodeid: int, nlookup: int) -> None:
+        """FORGET of an id that has no node here."""
+
+    def revive(self, nodeid: int) -> Node:
+        """The node of an id that has none here, but that a predecessor of this process gave to the kernel. ESTALE."""
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))

@@ -61,6 +61,7 @@ class Removal(Create):
     def _remove_dir(self, p: Dir, name: bytes, node: Dir, ldir: LDir, covered: bool) -> None:
         present = node.ldirs[0].layer is ldir.layer
         node.extra().pin = node.ldirs[0].open()
+        self.table.leaving(node, p, name)
         if not present:
             self.driver.whiteout(ldir, name)
         elif covered:
@@ -97,16 +98,15 @@ class Removal(Create):
 
     def _pin(self, p: Dir, name: bytes, node: Node) -> None:
         """Before a file's last name goes: hold its inode."""
-        if not node.ldir.layer.writable or node.nlookup <= 0:
-            return
         more = node.more
-        if more is not None and (more.aliases or more.pin is not None):
-            return
-        pin: Fd | None = self.files.get(node.id)
-        if pin is None or (more is not None and more.data is not None):
-            at = more.index if more is not None and more.index is not None else node.name
-            pin = Fd(os.open(at, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=node.ldir.open().n))
-        node.extra().pin = pin
+        known = more is not None and (more.aliases or more.pin is not None)
+        if not known and node.ldir.layer.writable:
+            pin: Fd | None = self.files.get(node.id)
+            if pin is None or (more is not None and more.data is not None):
+                at = more.index if more is not None and more.index is not None else node.name
+                pin = Fd(os.open(at, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=node.ldir.open().n))
+            node.extra().pin = pin
+        self.table.leaving(node, p, name)
 
     def _name_gone(self, p: Dir, name: bytes, node: Node) -> None:
         """One of the node's names is no more; the next one takes its place, or the file lives on without a name."""
@@ -120,6 +120,7 @@ class Removal(Create):
                 node.ldir = self.ensure_dir(node.parent, node.ldir.layer)
             elif more.index is None:
                 node.ldir = next(ldir for ldir in node.parent.ldirs if ldir.layer is node.ldir.layer)
+            self.table.changed(node)
         elif (p, name) in more.aliases:
             more.aliases.remove((p, name))
 
@@ -143,9 +144,11 @@ class Removal(Create):
             node.parent, node.name = None, b""  # until another name is looked up
         if more.key is not None and more.unlinked and self.table.links.get(more.key) is node:
             del self.table.links[more.key]
+        self.table.changed(node)
 
     def _dir_gone(self, node: Dir) -> None:
         node.removed = True
         node.order = node.names = node.stacks = None
         node.complete = False
         self.table.merged_names -= self.table.merged.pop(node, 0)
+        self.table.changed(node)

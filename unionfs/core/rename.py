@@ -118,6 +118,7 @@ class Rename(Removal):
             self._pin(q, newname, target)
             return
         target.extra().pin = target.ldirs[0].open()
+        self.table.leaving(target, q, newname)
         if any(ldir.layer is dst.layer for ldir in target.ldirs):
             if len(target.ldirs) > 1:
                 self.driver.set_opaque(dst, newname)  # it stays empty while its whiteouts go
@@ -139,6 +140,7 @@ class Rename(Removal):
             node.ldir.parent, node.ldir.name = dst, newname
             q.children[newname] = node
             self._name_added(q, newname, dst, True, new=new)
+            self.table.changed(node)
             return
         more = node.more
         if node.parent is p and node.name == name:
@@ -150,6 +152,7 @@ class Rename(Removal):
             more.aliases.append((q, newname))
         q.children[newname] = node
         self._name_added(q, newname, dst, False, new=new)
+        self.table.changed(node)
 
     def _exchange(self, p: Dir, name: bytes, node: Node, q: Dir, newname: bytes, target: Node) -> None:
         layer = self._lift(p, name, node)

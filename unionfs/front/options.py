@@ -33,6 +33,7 @@ COMMON: dict[str, str] = {
     "allow_other": "other users may use the mount (root: always)",
     "default_permissions": "the kernel checks permissions (default; 0: it does not)",
     "max_threads": "threads for requests that wait",
+    "guard": "on: the mount outlives a killed server (experimental; default off)",
     "nonempty": "the mountpoint's own files may be hidden",
     "context": "SELinux context of the mount",
     "fsname": "first field of /proc/mounts",

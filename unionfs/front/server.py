@@ -39,6 +39,7 @@ def run(config: MountConfig) -> int:
     """Mounts and, unless in the foreground, leaves a server behind. Returns the exit code or raises MountError."""
     inherited = _open_descriptors()
     check_options(config, getattr(assemble.load_driver(config.driver), "options", {}))
+    guarded = _guarded(config)
     check_mountpoint(config)
     log = _open_log(config)
     work_before = _names_in(config.work)
@@ -70,9 +71,39 @@ def run(config: MountConfig) -> int:
         os.setsid()
         os.chdir("/")
         _detach_from_caller(log, inherited)
-        code = _Server(config, ops, fd, _Teller(writer)).run()
+        code = (_serve_guarded if guarded else _serve)(config, ops, fd, _Teller(writer))
     finally:
         os._exit(code)  # never back into the caller's code
+
+
+def _guarded(config: MountConfig) -> bool:
+    if "guard" not in config.options:
+        return False
+    from unionfs.guard.supervisor import check
+
+    return check(config)
+
+
+def _serve(config: MountConfig, ops: Operations, fd: int | None, tell: Callable[[MountError | None], None]) -> int:
+    return _Server(config, ops, fd, tell).run()
+
+
+def _serve_guarded(
+    config: MountConfig, ops: Operations, fd: int | None, tell: Callable[[MountError | None], None]
+) -> int:
+    from unionfs.guard.supervisor import supervise
+
+    def serve(make_session: Callable[..., Session], first: bool) -> int:
+        return _Server(config, ops, fd, tell if first else _tell_nobody, make_session).run()
+
+    code = supervise(config, ops, serve)
+    if code != EXIT_OK:
+        mount.detach(config.mountpoint, lazy=True)
+    return code
+
+
+def _tell_nobody(problem: MountError | None) -> None:
+    """The mount has been reported as ready long ago."""
 
 
 def check_mountpoint(config: MountConfig) -> None:
@@ -151,8 +182,14 @@ class _Server:
     """The serving process: its session, its control socket, its signals. `tell` gets what `_Teller` describes."""
 
     def __init__(
-        self, config: MountConfig, ops: Operations, fd: int | None, tell: Callable[[MountError | None], None]
+        self,
+        config: MountConfig,
+        ops: Operations,
+        fd: int | None,
+        tell: Callable[[MountError | None], None],
+        make_session: Callable[..., Session] = assemble.make_session,
     ) -> None:
+        self._make_session = make_session
         self._config = config
         self._ops = ops
         self._fd = fd
@@ -174,7 +211,7 @@ class _Server:
         if not self._config.foreground:
             _signal.signal(_signal.SIGHUP, _signal.SIG_IGN)
         try:
-            self._session = assemble.make_session(self._fd, self._ops, self._config)
+            self._session = self._make_session(self._fd, self._ops, self._config)
             self._session.serve(self._on_ready)
         except MountError as error:
             self._problem = error

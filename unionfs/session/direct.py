@@ -37,7 +37,7 @@ MAX_THREADS = 16
 SWITCH_INTERVAL = 0.0005  # a slow thread that computes must not keep the dispatcher waiting 5 ms for the GIL
 CLOSE_TIMEOUT = 30.0
 
-_SPECIAL = frozenset(opcode for opcode, lane in dispatch.LANES.items() if lane != dispatch.FAST)
+SPECIAL = frozenset(opcode for opcode, lane in dispatch.LANES.items() if lane != dispatch.FAST)
 
 
 class DirectSession:
@@ -118,7 +118,7 @@ class DirectSession:
             self._received += size
             if self._debug:
                 self._trace_request(bytes(request[:size]))
-            if opcode in _SPECIAL:
+            if opcode in SPECIAL:
                 self._special(opcode, unique, request, size)
                 continue
             try:

@@ -20,8 +20,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from unionfs.wire.dispatch import Reply
 
-# Seconds. Longer than it takes to wake a client on another idle CPU through an interrupt (25 us in a virtual machine), or
-# its next request finds us asleep: with 20 us a cold stat took 68 to 83 us, with 60 us 53 (fuse-overlayfs: 56).
+# Seconds. Longer than it takes to wake a client on another idle CPU through an interrupt (25 us in a virtual machine),
+# or its next request finds us asleep: with 20 us a cold stat took 68 to 83 us, with 60 us 53 (fuse-overlayfs: 56).
 SPIN = 60e-6
 PATIENCE = 4  # vain attempts in a row before spinning is given up
 RETRY = 16  # sleeps until it is tried again

@@ -68,7 +68,16 @@ def docker(scratch: Path, mount_program: Path, debian: Path) -> Iterator[Docker]
         except subprocess.TimeoutExpired:
             daemon.kill()
             daemon.wait()
+    release_data_root(scratch / "data")
     harness.wait_until_clean(scratch)
+
+
+def release_data_root(data: Path) -> None:
+    """dockerd binds its data root to itself where the mount around it is not shared, and takes that back at its end
+    only if the filesystem's own root is "/" (shouldUnmountRoot in its daemon_linux.go): not in a tree that was pivoted
+    to, as scripts/clean-debian makes one."""
+    if str(data) in harness.mounts_below(data.parent):
+        subprocess.run(["umount", data], check=True)
 
 
 def wait_until_up(daemon: subprocess.Popen[bytes], docker: Docker, log: Path) -> None:

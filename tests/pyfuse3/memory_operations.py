@@ -233,6 +233,9 @@ class MemoryOperations:
 
     # Directories
 
+    def read_ahead(self) -> None:
+        self._enter("read_ahead")
+
     def readdirplus(self, nodeid: int, cookie: int, size: int, overhead: int) -> list[DirEntryPlus]:
         self._enter("readdirplus", nodeid, cookie, size, overhead)
         node = self.nodes[nodeid]

@@ -257,6 +257,42 @@ def test_listing_while_names_come_and_go(make_union: Maker) -> None:
         assert len(steady) == len(set(steady)) == 600
 
 
+def test_attributes_changed_in_the_middle_of_a_listing(make_union: Maker) -> None:
+    """A listing comes in pieces, made ready before they are asked for: what changed in between must show."""
+    count = 150
+    u = make_union([{"d": D(), **{f"d/f{i:03d}": "old" for i in range(count)}}])
+    with os.scandir(u / "d") as listing:
+        first = next(listing).name  # the first piece is here, the second made ready
+        for i in range(count):
+            path = u / f"d/f{i:03d}"
+            if i % 5 == 0:
+                path.write_text("longer than it was")
+            elif i % 5 == 1:
+                path.chmod(0o600)
+            elif i % 5 == 2:
+                path.unlink()
+            elif i % 5 == 3:
+                path.rename(u / f"d/g{i:03d}")
+            else:
+                os.link(path, u / f"d/h{i:03d}")
+        names = {first, *(entry.name for entry in listing)}
+    assert len(names) >= 48
+    for i in range(count):
+        path, renamed, linked = (u / f"d/{letter}{i:03d}" for letter in "fgh")
+        if i % 5 == 2:
+            assert errno_of(os.stat, path) == 2
+            continue
+        st = os.stat(renamed if i % 5 == 3 else path)
+        assert st.st_size == (len("longer than it was") if i % 5 == 0 else 3)
+        assert (stat.S_IMODE(st.st_mode) == 0o600) == (i % 5 == 1)
+        if i % 5 == 4:
+            assert (st.st_nlink, st.st_ino) == (2, os.stat(linked).st_ino)
+    expected = {"f": {0, 1, 4}, "g": {3}, "h": {4}}
+    assert sorted(os.listdir(u / "d")) == sorted(
+        f"{letter}{i:03d}" for letter, kinds in expected.items() for i in range(count) if i % 5 in kinds
+    )
+
+
 def test_seekdir(make_union: Maker) -> None:
     """telldir positions stay good: lseek on the directory descriptor to 0 lists anew what is there now."""
     u = make_union([{f"d/f{i:03}": "" for i in range(400)}])

@@ -280,6 +280,9 @@ class Loopback:
             found.append((name, at, self._entry(base + b"/" + name)))
         return found
 
+    def read_ahead(self) -> None:
+        pass
+
     def fsyncdir(self, nodeid: int, datasync: bool) -> None:
         os.fsync(self._fd(nodeid))
 

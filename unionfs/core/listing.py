@@ -1,7 +1,12 @@
 """Listing merged directories, and keeping true what is remembered of them.
 
 Names that went since the order was made are skipped when they are looked at.
+
+A listing is answered in pieces. While the client works through one, `read_ahead` makes ready the next: the nodes of
+files in read-only layers, and their attributes, which can't change before they are asked for. What may change is
+looked at when it is asked for.
 """
+
 
 from __future__ import annotations
 
@@ -12,50 +17,93 @@ from unionfs.api import DirEntry, DirEntryPlus
 from unionfs.core.base import fail
 from unionfs.core.layers import LDir
 from unionfs.core.lookup import Lookup
-from unionfs.core.nodes import Dir
+from unionfs.core.nodes import Dir, Node
 from unionfs.core.order import Order
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from unionfs.api import Attr
+
 
 NAMES_KEPT = 1000
 
 
 class Listing(Lookup):
+    # where a listing was cut off for want of room: directory, cookie, size, overhead
+    _cut: tuple[Dir, int, int, int] | None = None
+    _ready: dict[bytes, tuple[Node, LDir, Attr]] | None = None  # what read_ahead made ready, by name
+
     def readdirplus(self, nodeid: int, cookie: int, size: int, overhead: int) -> list[DirEntryPlus]:
         p = self._dir(nodeid)
         out: list[DirEntryPlus] = []
         children = p.children
         generations, counts = self.table.generations, self.table.counts
         stat, attr_of = self._stat, self._attr
+        ready = None
+        if getattr(self.lanes, "fast", False):
+            ready, self._ready = self._ready, None
+            self._cut = None
+        room = size
         for position, name in self._after(p, cookie, size, overhead):
-            size -= (overhead + len(name) + 7) & ~7
-            if size < 0:
+            room -= (overhead + len(name) + 7) & ~7
+            if room < 0:
+                self._cut = p, out[-1][1] if out else cookie, size, overhead
                 break
             node = children.get(name)
             try:
                 if node is None:
                     found = self._find(p, name)
                     if found is None:
-                        size += (overhead + len(name) + 7) & ~7
+                        room += (overhead + len(name) + 7) & ~7
                         continue
-                    st = found[1]
-                    node = self._adopt(p, name, *found)
+                    ldir, st = found
+                    node = self._adopt(p, name, ldir, st)
                     if node.more is not None:
                         st = stat(node)  # a hard link may have been copied up under another name
+                    attr = attr_of(node, st)
                 else:
-                    st = stat(node)
-                attr = attr_of(node, st)
+                    made = ready.get(name) if ready is not None else None
+                    if made is not None and made[0] is node and made[1] is node.ldir and node.more is None:
+                        attr = made[2]
+                    else:
+                        attr = attr_of(node, stat(node))
             except FileNotFoundError:
                 continue
             counts[node.id] += 1
             out.append((name, position, (node.id, generations[node.id], attr)))
+        if ready is not None:
+            for node, _, _ in ready.values():
+                self._settle(node)
         order = p.order
         if not out and order is not None and len(order.names) > NAMES_KEPT:
             p.order = None  # the end was seen
         return out
+
+    def read_ahead(self) -> None:
+        """Make ready what a listing that was cut off will be asked for next. For the thread of the fast lane."""
+        if self._cut is None or self.driver.live:  # layers that may change: nothing is known for long
+            return
+        p, cookie, size, overhead = self._cut
+        self._cut = None
+        ready: dict[bytes, tuple[Node, LDir, Attr]] = {}
+        try:
+            for _, name in self._after(p, cookie, size, overhead):
+                size -= (overhead + len(name) + 7) & ~7
+                if size < 0:
+                    break
+                if name in p.children:
+                    continue
+                found = self._find(p, name)
+                if found is None or found[0].layer.writable or S_ISDIR(found[1].st_mode):
+                    continue
+                ldir, st = found
+                node = self._adopt(p, name, ldir, st)
+                ready[name] = node, ldir, self._attr(node, st)
+        except OSError:
+            pass  # who asks for it will see it
+        self._ready = ready
 
     def readdir(self, nodeid: int, cookie: int, size: int, overhead: int) -> list[DirEntry]:
         p = self._dir(nodeid)

@@ -110,6 +110,7 @@ class DirectSession:
         buffers = [request]
         receive, send = self._channel.receive, self._channel.send
         answer = dispatcher.answer
+        read_ahead = self.ops.read_ahead
         head = abi.IN_HEAD.unpack_from
         counts = self._counts
         while size := receive(buffers):
@@ -129,6 +130,8 @@ class DirectSession:
             if reply is not None:
                 send(reply)
                 self._sent += len(reply)
+                if opcode == abi.READDIRPLUS:
+                    read_ahead()
                 if self._debug:
                     self._trace_reply(opcode, reply)
 

@@ -13,6 +13,10 @@ from unionfs.front.args import Command, Option, Parsed
 from unionfs.front.mounts import Mount, mount_of
 from unionfs.session.mount import show
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import IO
+
 COMMAND = Command(
     "unionfs diff",
     "Lists what was added (A), changed (C) and deleted (D) against the lower directories.",
@@ -45,20 +49,18 @@ def run(parsed: Parsed) -> int:
 
 
 def _write_layer(mount: Mount, changes: list[list[str]], target: str) -> None:
-    from unionfs.front.layertar import write_layer
-
     found = [(kind, os.fsencode(path)) for kind, path in changes]
     if target == "-":
         import sys
 
         if sys.stdout.isatty():
             raise MountError("diff --tar -: not to a terminal: redirect it")
-        write_layer(mount.path, found, sys.stdout.buffer)
+        _write(mount.path, found, sys.stdout.buffer)
         return
     unfinished = f"{target}.{os.getpid()}.tmp"
     try:
         with open(unfinished, "xb") as stream:
-            write_layer(mount.path, found, stream)
+            _write(mount.path, found, stream)
         os.replace(unfinished, target)
     except OSError as error:
         _remove(unfinished)
@@ -66,6 +68,18 @@ def _write_layer(mount: Mount, changes: list[list[str]], target: str) -> None:
     except BaseException:
         _remove(unfinished)
         raise
+
+
+def _write(root: bytes, changes: list[tuple[str, bytes]], out: IO[bytes]) -> None:
+    from unionfs.store.layertar import layer_tar
+    from unionfs.store.tree import DirTree
+
+    tree = DirTree(root)
+    try:
+        for piece in layer_tar(tree, changes):
+            out.write(piece)
+    finally:
+        tree.close()
 
 
 def _remove(path: str) -> None:

@@ -239,6 +239,6 @@ def stored_drivers(root: str) -> list[str]:
 
 def open_store(root: str, driver: str, options: Mapping[str, str] | None = None) -> Store:
     """Opens `root`/`driver`, makes it if need be. InUse if another process holds it, Unsupported if the host can't."""
-    from unionfs.store.layers import open_layer_store
+    from unionfs.store.layers import LayerStore
 
-    return open_layer_store(root, driver, options or {})
+    return LayerStore(root, driver, options or {})

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.front.layertar import write_layer
+from unionfs.store.layertar import layer_tar
+from unionfs.store.tree import DirTree
+
+
+def write_layer(root: bytes, changes: list[tuple[str, bytes]], out: io.BytesIO) -> None:
+    tree = DirTree(root)
+    out.write(b"".join(layer_tar(tree, changes)))
+    tree.close()
 
 
 def layer(root: Path, *changes: tuple[str, str]) -> dict[str, tarfile.TarInfo]:

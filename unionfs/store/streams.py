@@ -1,0 +1,106 @@
+"""What an archive passes through before it is unpacked: decompression by its first bytes, digest, limit of size."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Iterator
+from typing import Protocol
+
+from unionfs.store.api import Invalid, Readable, Unsupported
+
+_CHUNK = 1 << 18
+
+
+class Packer(Protocol):
+    def compress(self, data: bytes, /) -> bytes: ...
+    def flush(self) -> bytes: ...
+
+
+class Digesting(io.RawIOBase):
+    """Passes bytes on, counts and digests them. `limit`: more of them are Invalid (a decompression bomb)."""
+
+    def __init__(self, source: Readable, limit: int | None = None, head: bytes = b"") -> None:
+        self._source = source
+        self._head = head
+        self._limit = limit
+        self._digest = hashlib.sha256()
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0:
+            return b"".join(iter(lambda: self.read(_CHUNK), b""))
+        if self._head:
+            data, self._head = self._head[:size], self._head[size:]
+        else:
+            data = self._source.read(size)
+        self.count += len(data)
+        if self._limit is not None and self.count > self._limit:
+            raise Invalid(f"the archive is larger than {self._limit} bytes unpacked: raise the option apply.max_size")
+        self._digest.update(data)
+        return data
+
+    @property
+    def digest(self) -> str:
+        return "sha256:" + self._digest.hexdigest()
+
+    def drain(self) -> None:
+        while self.read(_CHUNK):
+            pass
+
+
+def decompressed(stream: Readable) -> Readable:
+    """The plain bytes of a plain, gzip or zstd stream. Errors in the compressed data: see `compression_errors`."""
+    head = b""
+    while len(head) < 4 and (more := stream.read(4 - len(head))):
+        head += more
+    whole = Digesting(stream, head=head)
+    if head.startswith(b"\x1f\x8b"):
+        return gzip.GzipFile(fileobj=io.BufferedReader(whole, _CHUNK))
+    if head == b"\x28\xb5\x2f\xfd":
+        try:
+            import zstandard
+        except ImportError:
+            raise Unsupported("a zstd layer: pip install zstandard (or 'unionfs[images]')") from None
+        unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+        return unpacker.stream_reader(io.BufferedReader(whole), read_size=_CHUNK, read_across_frames=True)
+    if head.startswith((b"BZh", b"\xfd7zX")):
+        raise Unsupported("the layer is compressed with bzip2 or xz: the image spec knows gzip and zstd only")
+    return whole
+
+
+def compression_errors() -> tuple[type[Exception], ...]:
+    """What reading a damaged stream raises."""
+    found: tuple[type[Exception], ...] = (gzip.BadGzipFile, zlib.error, EOFError)
+    try:
+        import zstandard
+    except ImportError:
+        return found
+    return (*found, zstandard.ZstdError)
+
+
+def compressed(pieces: Iterator[bytes], how: str) -> Iterator[bytes]:
+    """gzip (reproducible: no name, no time) or zstd or, for "", as it is."""
+    if not how:
+        yield from pieces
+        return
+    packer: Packer
+    if how == "gzip":
+        packer = zlib.compressobj(6, zlib.DEFLATED, 31)
+    elif how == "zstd":
+        try:
+            import zstandard
+        except ImportError:
+            raise Unsupported("zstd: pip install zstandard (or 'unionfs[images]')") from None
+        packer = zstandard.ZstdCompressor(level=3).compressobj()
+    else:
+        raise Invalid(f"compression {how!r}: one of gzip, zstd, none")
+    for piece in pieces:
+        if data := packer.compress(piece):
+            yield data
+    yield packer.flush()

@@ -24,6 +24,7 @@ from unionfs.store.removal import remove
 from unionfs.store.tree import DirTree, Row, Tree, UnionTree, compare, everything
 
 DIFF, WORK, MERGED = "diff", "work", "merged"
+ROW_MAPS = ".wh..wh.row"
 
 
 class Backend:
@@ -36,6 +37,10 @@ class Backend:
     def make(self, directory: str, parent: str | None, *, readonly: bool) -> None:
         """Content for a new layer in an empty directory. `readonly`: it is a view."""
         raise NotImplementedError
+
+    def flatten(self, chain: Sequence[str]) -> list[str]:
+        """The command line that makes the layer readable for those above it, before it is frozen; [] if it is."""
+        return []
 
     def freeze(self, directory: str) -> None:
         """The layer is to be committed; it is not mounted."""
@@ -100,6 +105,13 @@ class UnionBackend(Backend):
         else:
             os.chmod(diff, 0o755)
 
+    def flatten(self, chain: Sequence[str]) -> list[str]:
+        """Block maps of the row driver count in the uppermost layer only."""
+        lowers, upper, _ = self.branches(chain, True)
+        if not lowers or not os.path.isdir(os.path.join(upper, ROW_MAPS)):
+            return []
+        return ["row", *(word for lower in lowers for word in ("--lower", _escaped(lower))), "--", "flatten", upper]
+
     def freeze(self, directory: str) -> None:
         """work/ goes: a lower has none."""
         try:
@@ -138,7 +150,7 @@ class UnionBackend(Backend):
         return config
 
     def tree(self, chain: Sequence[str]) -> Tree:
-        return UnionTree(self._config(self.branches(chain, False)[0], "", ""))
+        return UnionTree(self._config(*self.branches(chain, os.path.isdir(os.path.join(chain[0], WORK)))))
 
     def rows(self, chain: Sequence[str], base: Sequence[str]) -> list[Row]:
         if list(base) != list(chain[1:]) or not base or not os.path.isdir(os.path.join(chain[0], DIFF)):

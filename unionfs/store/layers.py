@@ -297,6 +297,8 @@ class LayerStore(Store):
             path = self._path(row)
             self._refuse_mounted(row, "commit")
             try:
+                if flatten := self.backend.flatten(self._chain(row)):
+                    self._servers.run(flatten)
                 self.backend.freeze(path)
                 if self.sync:
                     self._sync()

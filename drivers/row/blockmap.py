@@ -9,14 +9,17 @@ page cache. A torn tail fails its checksum and ends the log. No threads of its o
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
 from struct import Struct
 from zlib import crc32
+
+from .extents import Extents
 
 MAGIC = b"UFSROWM1"
 VERSION = 1
 HEADER = Struct("<8sIIQQQ16sI")  # magic, version, block size, base size, base mtime (ns), base inode, spare, crc32
-RECORD = Struct("<IIQQII")  # kind, spare, first, count or value, generation, crc32 of what is before it
+RECORD = Struct("<IIQQII")  # kind, spare, first, count or value, its number, crc32 of what is before it
+
+_BODY = Struct("<IIQQI").pack  # a record without its crc32
 
 DATA = 1  # blocks [first, first + count) are in the upper file
 HOLE = 2  # blocks [first, first + count) read as zeros
@@ -37,83 +40,6 @@ def boot_hash() -> int:
             return crc32(f.read())
     except OSError:
         return 0
-
-
-class Extents:
-    """Disjoint, sorted runs of blocks, each DATA or HOLE; neighbours of one kind are one run."""
-
-    __slots__ = ("ends", "kinds", "starts")
-
-    def __init__(self) -> None:
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-        self.kinds: list[int] = []
-
-    def put(self, first: int, end: int, kind: int) -> None:
-        """Blocks [first, end) become `kind` (0: the base's again)."""
-        if first >= end:
-            return
-        starts, ends, kinds = self.starts, self.ends, self.kinds
-        at = bisect_right(starts, first) - 1
-        if at >= 0 and ends[at] >= first and kinds[at] == kind:
-            if ends[at] >= end:
-                return  # the common case: a block that is redirected already
-            first = starts[at]
-        low = at if at >= 0 and ends[at] >= first else at + 1
-        high = low
-        new: list[tuple[int, int, int]] = []
-        while high < len(starts) and starts[high] <= end:
-            s, e, k = starts[high], ends[high], kinds[high]
-            if k == kind and kind:
-                first, end = min(first, s), max(end, e)
-            else:
-                if s < first:
-                    new.append((s, min(e, first), k))
-                if e > end:
-                    new.append((max(s, end), e, k))
-            high += 1
-        if kind:
-            new.append((first, end, kind))
-        new = sorted(run for run in new if run[0] < run[1])
-        starts[low:high] = [run[0] for run in new]
-        ends[low:high] = [run[1] for run in new]
-        kinds[low:high] = [run[2] for run in new]
-
-    def cut(self, end: int) -> None:
-        """Forget everything from block `end` on."""
-        if self.ends and self.ends[-1] > end:
-            self.put(end, self.ends[-1], 0)
-
-    def runs(self, first: int, end: int) -> list[tuple[int, int, int]]:
-        """[first, end) as (first, end, kind), kind 0 for the base's."""
-        out: list[tuple[int, int, int]] = []
-        at = max(bisect_right(self.starts, first) - 1, 0)
-        while first < end:
-            if at >= len(self.starts) or self.starts[at] >= end:
-                out.append((first, end, 0))
-                break
-            s, e = self.starts[at], self.ends[at]
-            if e <= first:
-                at += 1
-                continue
-            if s > first:
-                out.append((first, s, 0))
-                first = s
-            stop = min(e, end)
-            out.append((first, stop, self.kinds[at]))
-            first = stop
-            at += 1
-        return out
-
-    def has(self, first: int, end: int, kind: int) -> bool:
-        at = bisect_right(self.starts, first) - 1
-        return at >= 0 and self.ends[at] >= end and self.kinds[at] == kind
-
-    def count(self, kind: int) -> int:
-        return sum(e - s for s, e, k in zip(self.starts, self.ends, self.kinds, strict=True) if k == kind)
-
-    def __len__(self) -> int:
-        return len(self.starts)
 
 
 class Base:
@@ -137,6 +63,8 @@ class BlockMap:
         self.records = 0
         self.dirty = False  # records since the last checkpoint
         self.trusted = True  # the log ended cleanly when it was read
+        self._compact_at = COMPACT_AT
+        self._compact_records = 0
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -213,8 +141,7 @@ class BlockMap:
     # --- changing ---
 
     def _append(self, kind: int, first: int, value: int) -> None:
-        body = RECORD.pack(kind, 0, first, value, self.records & 0xFFFFFFFF, 0)[:-4]
-        os.write(self.fd, body + crc32(body).to_bytes(4, "little"))
+        os.write(self.fd, packed(kind, first, value, self.records))
         self.records += 1
 
     def redirect(self, first: int, end: int, kind: int) -> None:
@@ -228,7 +155,7 @@ class BlockMap:
     def truncate(self, size: int) -> None:
         """The file was cut to `size` bytes: what lies behind is gone for good, growing again gives zeros."""
         end = -(-size // self.blocksize)
-        if size < self.limit or (self.extents.ends and self.extents.ends[-1] > end):
+        if size < self.limit or self.extents.end() > end:
             self._append(LIMIT, end, min(size, self.limit))
             self.limit = min(self.limit, size)
             self.extents.cut(end)
@@ -244,19 +171,20 @@ class BlockMap:
 
     def compacted(self) -> bytes | None:
         """The same map in as few records as there are extents, where that is worth it."""
-        if self.records < COMPACT_AT or self.records < 4 * len(self.extents):
+        if self.records < self._compact_at:
+            return None
+        runs = self.extents.redirected()
+        if self.records < 4 * len(runs):
+            self._compact_at = 4 * len(runs)  # not before: to count them takes a while
             return None
         out = [self._header()]
         rows = [(BOOT, 0, boot_hash())]
         if self.limit != self.base.size:
             rows.append((LIMIT, 1 << 62, self.limit))
-        rows += [
-            (k, s, e - s) for s, e, k in zip(self.extents.starts, self.extents.ends, self.extents.kinds, strict=True)
-        ]
+        rows += [(kind, first, end - first) for first, end, kind in runs]
         rows.append((CHECKPOINT, 0, 0))
         for number, (kind, first, value) in enumerate(rows):
-            body = RECORD.pack(kind, 0, first, value, number, 0)[:-4]
-            out.append(body + crc32(body).to_bytes(4, "little"))
+            out.append(packed(kind, first, value, number))
         self._compact_records = len(rows)
         return b"".join(out)
 
@@ -265,6 +193,12 @@ class BlockMap:
         os.close(self.fd)
         self.fd = fd
         self.records = self._compact_records
+        self._compact_at = max(COMPACT_AT, 4 * self.records)
+
+
+def packed(kind: int, first: int, value: int, number: int) -> bytes:
+    body = _BODY(kind, 0, first, value, number & 0xFFFFFFFF)
+    return body + crc32(body).to_bytes(4, "little")
 
 
 def parse(raw: bytes) -> tuple[list[tuple[int, int, int]], bool]:

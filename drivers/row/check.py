@@ -82,7 +82,7 @@ def _check_map(maps: bytes, path: bytes, ident: str, size: int, repair: bool) ->
                 if repair:
                     BlockMap.load(dirfd, ident, True).close()
                 out.append(Finding(path, "the end of its block map is torn or was never synced", False, repair))
-            last = found.extents.ends[-1] if len(found.extents) else 0
+            last = found.extents.end()
             if last > -(-size // found.blocksize):
                 out.append(Finding(path, f"its block map reaches block {last}, beyond its end", False))
             return out

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from unionfs_drivers.row.blockmap import DATA, HEADER, HOLE, RECORD, Base, BlockMap, Extents, MapError
+from unionfs_drivers.row.blockmap import DATA, HEADER, HOLE, RECORD, Base, BlockMap, MapError
+from unionfs_drivers.row.extents import PAGE, Extents
 from unionfs_drivers.row.file import ZERO_RANGE, RowFile
 
 from unionfs.core.base import OpenFile
@@ -88,19 +90,41 @@ def test_against_a_model(tmp_path: Path, seed: int) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_extents_against_a_list(seed: int) -> None:
     rng = random.Random(seed)
-    extents, model = Extents(), [0] * 200
+    size = 3 * PAGE + 200
+    extents, model = Extents(), [0] * size
     for _ in range(400):
-        first = rng.randrange(200)
-        end = rng.randrange(first, 201)
+        first = rng.randrange(size)
+        end = rng.randrange(first, size + 1) if rng.random() < 0.3 else min(first + rng.randrange(5), size)
         kind = rng.choice((0, DATA, HOLE))
+        if rng.random() < 0.05:
+            extents.cut(end)
+            model[end:] = [0] * (size - end)
         extents.put(first, end, kind)
         model[first:end] = [kind] * (end - first)
-        flat = [kind for a, b, kind in extents.runs(0, 200) for _ in range(a, b)]
-        assert flat == model
-        assert all(s < e for s, e in zip(extents.starts, extents.ends, strict=True))
-        assert all(e <= s for e, s in zip(extents.ends, extents.starts[1:], strict=False))
+        runs = extents.runs(0, size)
+        assert [kind for a, b, kind in runs for _ in range(a, b)] == model
+        assert all(left[1] == right[0] and left[2] != right[2] for left, right in pairwise(runs))
+        assert [kind for a, b, kind in extents.runs(first, end) for _ in range(a, b)] == model[first:end]
+        assert extents.redirected() == [run for run in runs if run[2]]
+        assert extents.end() == max((i + 1 for i in range(size) if model[i]), default=0)
+        assert extents.covers(first) == (0 not in model[:first])
+        assert [extents.count(kind) for kind in (DATA, HOLE)] == [model.count(kind) for kind in (DATA, HOLE)]
         if first < end:
             assert extents.has(first, end, DATA) == (set(model[first:end]) == {DATA})
+
+
+def test_ten_thousand_extents_in_a_tebibyte() -> None:
+    """What a look-up touches does not grow with the number of extents, nor memory with the length of a run."""
+    extents = Extents()
+    total = 1 << 28
+    for i in range(10_000):
+        extents.put(i * 26_843, i * 26_843 + 1, DATA)
+    assert len(extents.redirected()) == 10_000
+    assert extents.runs(26_840, 26_848) == [(26_840, 26_843, 0), (26_843, 26_844, DATA), (26_844, 26_848, 0)]
+    assert not extents.covers(total)
+    extents.put(0, total, HOLE)
+    assert extents.runs(0, total) == [(0, total, HOLE)]
+    assert extents.covers(total) and extents.has(5, total - 5, HOLE) and extents.end() == total
 
 
 def test_first_write_costs_a_block(tmp_path: Path) -> None:

@@ -255,9 +255,11 @@ class Base:
         return self._attr(node, self._stat(node))
 
     def _entry(self, node: Node, st: os.stat_result) -> Entry:
-        attr = self._attr(node, st)
-        self.table.counts[node.id] += 1
-        return node.id, self.table.generations[node.id], attr
+        nodeid = node.id
+        self.table.counts[nodeid] += 1
+        if not nodeid:  # the thread that also found it has let it go meanwhile
+            raise fail(errno.ESTALE, node.name)
+        return nodeid, self.table.generations[nodeid], self._attr(node, st)
 
     # --- lanes ---
 

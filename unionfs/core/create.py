@@ -179,8 +179,8 @@ class Create(CopyUp):
             self._remember(d, 0)
         else:
             node = Node(p, name, ldir, self.ino_of(st), kind)
-        p.children[name] = node
         self.table.add(node)
+        p.children[name] = node
         if opened is not None:
             self._keep_file(node, opened)
         self._name_added(p, name, ldir, kind == S_IFDIR)

@@ -53,7 +53,7 @@ class Listing(Lookup):
                 break
             node = children.get(name)
             try:
-                if node is None:
+                if node is None or not node.id:
                     found = self._find(p, name)
                     if found is None:
                         room += (overhead + len(name) + 7) & ~7
@@ -71,8 +71,9 @@ class Listing(Lookup):
                         attr = attr_of(node, stat(node))
             except FileNotFoundError:
                 continue
-            counts[node.id] += 1
-            out.append((name, position, (node.id, generations[node.id], attr)))
+            nodeid = node.id
+            counts[nodeid] += 1  # 0: dropped meanwhile; the kernel gets the name alone
+            out.append((name, position, (nodeid, generations[nodeid], attr)))
         if ready is not None:
             for node, _, _ in ready.values():
                 self._settle(node)

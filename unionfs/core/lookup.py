@@ -26,14 +26,19 @@ _UNKNOWN = object()
 class Lookup(Base):
     def lookup(self, parent: int, name: bytes) -> Entry | None:
         p = self._dir(parent)
+        table = self.table
         node = p.children.get(name)
         if node is not None:
-            try:
-                st = self._stat(node)
-            except FileNotFoundError:
-                return None
-            self.table.counts[node.id] += 1
-            return node.id, self.table.generations[node.id], self._attr(node, st)
+            nodeid = node.id
+            table.counts[nodeid] += 1
+            if nodeid:
+                try:
+                    return nodeid, table.generations[nodeid], self._attr(node, self._stat(node))
+                except OSError as e:
+                    self.forget(nodeid, 1)
+                    if e.errno == errno.ENOENT:
+                        return None
+                    raise
         found = self._find(p, name)
         if found is None:
             return None
@@ -129,10 +134,14 @@ class Lookup(Base):
         return self._add(p, name, node)
 
     def _add(self, p: Dir, name: bytes, node: Node) -> Node:
+        self.table.add(node)
         known = p.children.setdefault(name, node)
-        if known is node:
-            self.table.add(node)
-        return known
+        if known is not node:
+            if known.id:  # another thread was faster
+                self.table.drop(node)
+                return known
+            p.children[name] = node
+        return node
 
     def _read_file_marks(self, node: Node, st: os.stat_result) -> None:
         marks = self.driver.file_marks(node.ldir, node.name)
@@ -360,7 +369,7 @@ class Lookup(Base):
     def _child(self, p: Dir, name: bytes) -> Node:
         """The node that p has under name. ENOENT. It may be new to the kernel: the caller lets `_settle` drop it."""
         node = p.children.get(name)
-        if node is not None:
+        if node is not None and node.id:
             return node
         found = self._find(p, name)
         if found is None:

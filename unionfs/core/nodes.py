@@ -1,8 +1,11 @@
 """The node table: what the kernel knows, by node id.
 
 A node lives while the kernel holds lookups on it (`counts[id]` > 0) or a known child needs its parent. Ids are slots of
-a list, used again after FORGET with another generation. `+=` on an array's element is one step under CPython's GIL (no
-eval-breaker check between load and store), which is what makes the counts safe across threads.
+a list, used again after FORGET with another generation.
+
+Threads: CPython's GIL changes hands only at calls and backward jumps. `+=` on an array's element is one step, and so is
+"read a node's id, count it" in who takes a node, and "see no count, take the id away" in `drop`. Who finds the id 0
+after counting came too late: the node is gone (slot 0 is nobody's; its count means nothing).
 
 What a successor of this process would have to know is told to `changed` and `leaving`; here nobody listens.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from array import array
 
 from unionfs.api import ROOT_ID
@@ -110,6 +114,16 @@ class Dir(Node):
         self.removed = False
 
 
+def _unlist(parent: Dir, name: bytes, node: Node) -> None:
+    """Take the name away if it is still this node's; without a call, so that no other thread comes in between."""
+    children = parent.children
+    try:
+        if children[name] is node:
+            del children[name]
+    except KeyError:
+        pass
+
+
 class NodeTable:
     """node id → Node, and (dev, ino) → Node for inodes with several links."""
 
@@ -122,6 +136,7 @@ class NodeTable:
         self.count = 1
         self.merged: dict[Dir, int] = {}  # directories whose names are remembered, oldest first: how many
         self.merged_names = 0
+        self._growing = threading.Lock()
         root.id = ROOT_ID
 
     def add(self, node: Node) -> None:
@@ -131,15 +146,20 @@ class NodeTable:
             self.slots[slot] = node
             self.generations[slot] += 1
         else:
-            slot = len(self.slots)
-            self.slots.append(node)
-            self.generations.append(0)
-            self.counts.append(0)  # type: ignore[union-attr]
+            with self._growing:  # two threads must not both see the same length
+                slot = len(self.slots)
+                self.slots.append(node)
+                self.generations.append(0)
+                self.counts.append(0)  # type: ignore[union-attr]
         node.id = slot
         self.count += 1
 
     def drop(self, node: Node) -> None:
-        """Forget the node and, where nothing else needs them, its parents."""
+        """Forget the node, unless somebody has taken it meanwhile, and its parents where nothing else needs them."""
+        nodeid = node.id
+        if not nodeid or self.counts[nodeid] > 0:
+            return
+        node.id = 0
         if isinstance(node, Dir):
             self.merged_names -= self.merged.pop(node, 0)
         more = node.more
@@ -151,15 +171,14 @@ class NodeTable:
                     del parent.children[name]
                     self._reap(parent)
             more.pin = None
-        self.slots[node.id] = None
-        self.counts[node.id] = 0
-        self.free.append(node.id)
+        self.slots[nodeid] = None
+        self.counts[nodeid] = 0
+        self.released(nodeid)
+        self.free.append(nodeid)
         self.count -= 1
-        node.id = 0
         parent_ = node.parent
         if parent_ is not None:
-            if parent_.children.get(node.name) is node:
-                del parent_.children[node.name]
+            _unlist(parent_, node.name, node)
             self._reap(parent_)
 
     def _reap(self, directory: Dir) -> None:
@@ -172,6 +191,9 @@ class NodeTable:
 
     def leaving(self, node: Node, parent: Dir, name: bytes) -> None:
         """One of the node's names is about to go."""
+
+    def released(self, nodeid: int) -> None:
+        """The id is about to be free for another node."""
 
     def forgotten(self, nodeid: int, nlookup: int) -> None:
         """FORGET of an id that has no node here."""

@@ -41,12 +41,13 @@ class JournalTable(NodeTable):
             self.slots[slot] = node
             self.generations[slot] += 1
         else:
-            slot = len(self.slots)
-            if slot >= j.MAX_NODES:
-                raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
-            self.slots.append(node)
-            self.generations.append(0)
-            self._journal.words[j.NEXT] = slot + 1
+            with self._growing:
+                slot = len(self.slots)
+                if slot >= j.MAX_NODES:
+                    raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+                self.slots.append(node)
+                self.generations.append(0)
+                self._journal.words[j.NEXT] = slot + 1
         node.id = slot
         self.count += 1
         parent, more = node.parent, node.more
@@ -56,10 +57,9 @@ class JournalTable(NodeTable):
         )  # fmt: skip
         self._states[slot] = j.LIVE if more is None else self._state(node)
 
-    def drop(self, node: Node) -> None:
-        self._states[node.id] = 0
-        self._kept.pop(node.id, None)
-        super().drop(node)
+    def released(self, nodeid: int) -> None:
+        self._states[nodeid] = 0
+        self._kept.pop(nodeid, None)
 
     @staticmethod
     def _state(node: Node) -> int:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "branch": ("branch", "add, change or take away branches of a mounted union"),
     "row": ("row", "make an upper of the row driver a plain one"),
     "fsck": ("fsck", "check the block maps of an upper that the row driver wrote"),
+    "daemon": ("daemon", "serve layers, images and containers over a REST API"),
     "completion": ("completion", "completion script for a shell"),
 }
 

@@ -55,7 +55,7 @@ def run(config: MountConfig) -> int:
     if config.foreground:
         if log is not None:
             os.dup2(log, 2)
-        return _Server(config, ops, fd, _notify_systemd).run()
+        return _Server(config, ops, fd, _tell_systemd).run()
 
     reader, writer = os.pipe()
     child = os.fork()
@@ -321,16 +321,21 @@ class _Teller:
         self._pipe = -1
 
 
-def _notify_systemd(problem: MountError | None) -> None:
-    """In the foreground: sd_notify(3), for units of Type=notify."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address and problem is None:
+def _tell_systemd(problem: MountError | None) -> None:
+    """In the foreground, for units of Type=notify."""
+    if problem is None:
+        notify_systemd(b"READY=1")
+
+
+def notify_systemd(state: bytes) -> None:
+    """sd_notify(3); nothing if no service manager waits for it."""
+    if address := os.environ.get("NOTIFY_SOCKET"):
         import _socket
 
         with_abstract = "\0" + address[1:] if address.startswith("@") else address
         notifier = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
         try:
-            notifier.sendto(b"READY=1", with_abstract)
+            notifier.sendto(state, with_abstract)
         except OSError as error:
             print(f"unionfs: NOTIFY_SOCKET {address}: {error.strerror}", file=sys.stderr)
         finally:

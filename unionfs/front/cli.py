@@ -25,6 +25,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "row": ("row", "make an upper of the row driver a plain one"),
     "fsck": ("fsck", "check the block maps of an upper that the row driver wrote"),
     "daemon": ("daemon", "serve layers, images and containers over a REST API"),
+    "certs": ("certs", "make certificates for the daemon and its clients"),
+    "info": ("info", "what a daemon keeps, and how"),
+    "version": ("version", "versions of this client and of the daemon"),
     "completion": ("completion", "completion script for a shell"),
 }
 
@@ -58,6 +61,10 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 def dispatch(argv: Sequence[str]) -> int:
+    if argv and argv[0].startswith(("-H", "--host", "--tls")):
+        from unionfs.front.client import take_target
+
+        argv = take_target(argv)
     name = argv[0] if argv else ""
     if name in COMMANDS:
         from importlib import import_module
@@ -101,6 +108,9 @@ Commands (each has --help):
   unionfs mount --lower base:more --upper changes merged
   unionfs which merged/etc/passwd
   unionfs umount merged
+
+Those that ask a daemon take it before the command: unionfs -H tcp://build:2376 --tlsverify info; or from UNIONFS_HOST,
+UNIONFS_TLS_VERIFY, UNIONFS_CERT_PATH.
 
 {EXIT_CODES}
 """

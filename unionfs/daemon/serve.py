@@ -128,6 +128,7 @@ async def _serve(config: Config, choice: Choice, plain_store: Store, listeners: 
                 LOG.info("listening on %s%s", listener.label, " (TLS, client certificates)" if listener.secure else "")
             for warning in warnings:
                 LOG.warning("!!! %s !!!", warning)
+            LOG.info("ready")
             notify(b"READY=1\nSTATUS=serving with driver %s" % choice.driver.encode())
             async for number in signals:
                 LOG.info("%s: stopping", signal.Signals(number).name)

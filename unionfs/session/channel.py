@@ -28,11 +28,12 @@ RETRY = 16  # sleeps until it is tried again
 
 
 class Channel:
-    __slots__ = ("_patience", "_poll", "_sleeps", "_wake", "fd", "spin", "stopped")
+    __slots__ = ("_patience", "_poll", "_sleeps", "_wake", "apart", "fd", "spin", "stopped")
 
     def __init__(self, fd: int, spin: float = SPIN) -> None:
         self.fd = fd
         self.spin = spin
+        self.apart = False  # the last request came while we polled: the client has a CPU of its own
         self.stopped = False
         self._patience = PATIENCE if spin else 0
         self._sleeps = 0
@@ -66,6 +67,7 @@ class Channel:
             else:
                 if until:
                     self._patience = PATIENCE
+                    self.apart = True
                 return size
         return 0
 
@@ -74,6 +76,7 @@ class Channel:
         vain attempts it is given up, and tried again now and then."""
         if spun:
             self._patience -= 1
+            self.apart = False
         else:
             self._sleeps += 1
             if self.spin and not self._sleeps % RETRY:

@@ -23,7 +23,7 @@ from unionfs.errors import EXIT_FAILURE, EXIT_PERMISSION, MountError, WouldBlock
 from unionfs.session import channel as wire_channel
 from unionfs.session.lanes import Lane
 from unionfs.session.opens import CachedOpens, PassthroughOpens
-from unionfs.wire import abi, dispatch, handshake
+from unionfs.wire import abi, dispatch, handshake, listing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ class DirectSession:
         request = bytearray(terms.max_write + 4096)
         dispatcher.load(request)
         buffers = [request]
-        receive, send = self._channel.receive, self._channel.send
+        channel = self._channel
+        receive, send = channel.receive, channel.send
         answer = dispatcher.answer
         read_ahead = self.ops.read_ahead
         head = abi.IN_HEAD.unpack_from
@@ -122,6 +123,8 @@ class DirectSession:
             if opcode in SPECIAL:
                 self._special(opcode, unique, request, size)
                 continue
+            if opcode == abi.READDIRPLUS:
+                dispatcher.piece = listing.PIECE if channel.apart else listing.WHOLE
             try:
                 reply = answer(opcode, unique, nodeid, size)
             except WouldBlock:
@@ -130,7 +133,7 @@ class DirectSession:
             if reply is not None:
                 send(reply)
                 self._sent += len(reply)
-                if opcode == abi.READDIRPLUS:
+                if opcode == abi.READDIRPLUS and channel.apart:
                     read_ahead()
                 if self._debug:
                     self._trace_reply(opcode, reply)

@@ -49,7 +49,7 @@ class Dispatcher:
     """Answers requests in one thread."""
 
     __slots__ = (
-        "_negative", "fast", "handlers", "noopen", "opens", "ops", "out", "passthrough", "request", "timeout",
+        "_negative", "fast", "handlers", "noopen", "opens", "ops", "out", "passthrough", "piece", "request", "timeout",
         "view",
     )  # fmt: skip
 
@@ -60,6 +60,7 @@ class Dispatcher:
         self.passthrough = terms.data == "passthrough"
         self.fast = fast  # the dispatcher thread's: may raise WouldBlock
         self.timeout = terms.timeout
+        self.piece = listing.WHOLE  # at most so much of a listing in one reply
         self.load(b"")
         self.out = memoryview(bytearray(abi.OUT_HEADER_SIZE + terms.max_write))
         self._negative = bytearray(abi.ENTRY_REPLY.size)
@@ -339,7 +340,7 @@ class Dispatcher:
 
     def readdirplus(self, unique: int, nodeid: int, size: int) -> Reply:
         _, offset, room = abi.READ_IN.unpack_from(self.request, 40)
-        end = listing.plus(self.ops, nodeid, offset, self.out, room, self.timeout)
+        end = listing.plus(self.ops, nodeid, offset, self.out, min(room, self.piece), self.timeout)
         abi.OUT_HEADER.pack_into(self.out, 0, end, 0, unique)
         return self.out[:end]
 

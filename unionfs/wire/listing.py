@@ -19,8 +19,9 @@ _START = abi.OUT_HEADER_SIZE
 _NO_ATTR = (0,) * 16
 _PADDING = tuple(b"\0" * (-size % 8) for size in range(8))  # by size modulo 8
 DT_DIR = 4
-# What one reply holds at most, about 48 names: the client works through it while the next one is made ready.
+# What one reply should hold, about 48 names, where the next one can be made ready while the client works through it.
 PIECE = 8192
+WHOLE = 1 << 32
 UNKNOWN_INO = 0xFFFFFFFF  # of "..": any number but 0, which readdir(3) would skip
 
 # FS_IOC_FSGETXATTR's names for what FS_IOC_GETFLAGS says: xflag, flag
@@ -30,7 +31,6 @@ _XFLAGS = ((0x08, 0x10), (0x10, 0x20), (0x20, 0x08), (0x40, 0x80), (0x80, 0x40),
 def plus(ops: Operations, nodeid: int, offset: int, out: memoryview, room: int, timeout: int) -> int:
     """Fill `out` with records of at most `room` bytes; the end of the reply."""
     at = _START
-    room = min(room, PIECE)
     if offset < 2:
         at = _dots(ops, nodeid, offset, out, at, plus=True)
         offset = 2

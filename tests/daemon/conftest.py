@@ -2,26 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from daemon_harness import Daemon
-
-
-@contextmanager
-def made(workspace: Path) -> Iterator[Daemon]:
-    base = workspace / f"daemon-{os.urandom(4).hex()}"
-    base.mkdir()
-    daemon = Daemon(base)
-    try:
-        yield daemon
-    finally:
-        daemon.clean_up()
-        shutil.rmtree(base, ignore_errors=True)
+from daemon_harness import Daemon, made
 
 
 @pytest.fixture

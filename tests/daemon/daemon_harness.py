@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,29 +86,35 @@ class Daemon:
     def log(self) -> str:
         return self.log_path.read_text()
 
-    def launch(
-        self, *argv: object, hosts: tuple[str, ...] | None = None, **environment: str
-    ) -> subprocess.Popen[bytes]:
-        """Starts it and does not wait."""
+    def command(self, *argv: object, hosts: tuple[str, ...] | None = None) -> list[str]:
         addresses = [word for host in ((self.host,) if hosts is None else hosts) for word in ("-H", host)]
+        return [sys.executable, "-c", MAIN, "daemon", "--data-root", str(self.root), *addresses, *map(str, argv)]
+
+    def launch(
+        self, *argv: object, hosts: tuple[str, ...] | None = None, session: bool = False, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        """Starts it, in a session of its own if wanted, and does not wait."""
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", MAIN, "daemon", "--data-root", self.root, *addresses, *map(str, argv)],
+                self.command(*argv, hosts=hosts),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=clean_environment(**environment),
+                start_new_session=session,
             )
         return self.process
 
-    def start(self, *argv: object, hosts: tuple[str, ...] | None = None, **environment: str) -> None:
+    def start(
+        self, *argv: object, hosts: tuple[str, ...] | None = None, session: bool = False, **environment: str
+    ) -> None:
         """Starts it and waits until it listens everywhere."""
         start = len(self.log) if self.log_path.exists() else 0
-        process = self.launch(*argv, hosts=hosts, **environment)
+        process = self.launch(*argv, hosts=hosts, session=session, **environment)
 
         def ready() -> bool:
             assert process.poll() is None, self.log
-            return " ready\n" in self.log[start:]
+            return "ready\n" in self.log[start:]
 
         wait_until("the daemon is ready", ready)
 
@@ -164,3 +172,15 @@ def tar_of(files: dict[str, bytes]) -> bytes:
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     return target.getvalue()
+
+
+@contextmanager
+def made(workspace: Path) -> Iterator[Daemon]:
+    base = workspace / f"daemon-{os.urandom(4).hex()}"
+    base.mkdir()
+    daemon = Daemon(base)
+    try:
+        yield daemon
+    finally:
+        daemon.clean_up()
+        shutil.rmtree(base, ignore_errors=True)

@@ -40,6 +40,7 @@ class OverlayDriver(OverlayMarks):
         "index": "on|off: hard links of lower files stay linked over copy-up (default on)",
         "volatile": "sync nothing: fast, and lost in a power cut",
         "fsync": "0: same as volatile",
+        "size": "SIZE: what upper may hold (10g, 500m ...); beyond it ENOSPC",
         "xino": "accepted: inode numbers are always made distinct",
         "userxattr": "marks in user.overlay.* xattrs even with the privilege for trusted.overlay.*",
         **OPTIONS,
@@ -56,6 +57,10 @@ class OverlayDriver(OverlayMarks):
             flag(config.options, name, True) for name in ("redirect_dir", "metacopy", "index")
         )
         self.volatile = flag(config.options, "volatile", False) or not flag(config.options, "fsync", True)
+        if "size" in config.options and config.upper is not None:
+            from unionfs.core.quota import parse_size
+
+            self.quota = parse_size(config.options["size"])
         self._open_layers(config)
         self.bottom = len(self.layers) - 1
         self.ino_bases = origin.device_bases(self.layers)

@@ -70,6 +70,10 @@ def prepare(config: MountConfig) -> Operations:
         from unionfs.core.live import live_union
 
         return live_union(driver)
+    if driver.quota is not None:
+        from unionfs.core.quota import LimitedUnion
+
+        return LimitedUnion(driver)
     return UnionOperations(driver)
 
 

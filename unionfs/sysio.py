@@ -29,9 +29,12 @@ FS_IOC_GETFLAGS = 0x80086601
 FS_IOC_SETFLAGS = 0x40086602
 FS_IOC_GETFSUUID = 0x80111500  # _IOR(0x15, 0, struct fsuuid2), kernel 6.9
 
+FS_IOC_FIEMAP = 0xC020660B
+
 SYNC_FILE_RANGE_WRITE = 2
 
 _MAX_HANDLE = 128
+_EXTENTS = 64  # that one FIEMAP asks for
 _STATX_BTIME = 0x800
 
 
@@ -173,6 +176,43 @@ def birth_time(dirfd: int, name: bytes) -> tuple[int, int] | None:
         return None
     sec, nsec = struct.unpack_from("<qI", buf, 80)
     return sec, nsec
+
+
+def allocated(fd: int, offset: int, length: int) -> int:
+    """Bytes of [offset, offset + length) that have blocks, preallocated and not yet written out ones too (FIEMAP; where
+    the filesystem has none, what is not a hole)."""
+    end = offset + length
+    try:
+        return _mapped(fd, offset, end)
+    except OSError as e:
+        if e.errno not in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
+            raise
+    total, at = 0, offset
+    while at < end:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno != errno.ENXIO:
+                raise
+            break
+        at = os.lseek(fd, data, os.SEEK_HOLE)
+        total += max(0, min(at, end) - data)
+    return total
+
+
+def _mapped(fd: int, at: int, end: int) -> int:
+    total = 0
+    while at < end:
+        buf = bytearray(struct.pack("<QQIIII", at, end - at, 0, 0, _EXTENTS, 0) + bytes(56 * _EXTENTS))
+        ioctl(fd, FS_IOC_FIEMAP, buf)
+        found = struct.unpack_from("<I", buf, 20)[0]
+        for i in range(found):
+            logical, _, size = struct.unpack_from("<QQQ", buf, 32 + 56 * i)
+            total += max(0, min(logical + size, end) - max(logical, at))
+        if found < _EXTENTS:
+            break
+        at = logical + size
+    return total
 
 
 def clone(dst: int, src: int) -> bool:

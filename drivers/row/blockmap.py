@@ -8,6 +8,7 @@ page cache. A torn tail fails its checksum and ends the log. No threads of its o
 
 from __future__ import annotations
 
+import errno
 import os
 from struct import Struct
 from zlib import crc32
@@ -141,7 +142,10 @@ class BlockMap:
     # --- changing ---
 
     def _append(self, kind: int, first: int, value: int) -> None:
-        os.write(self.fd, packed(kind, first, value, self.records))
+        if os.write(self.fd, packed(kind, first, value, self.records)) != RECORD.size:
+            # a full disk; what stands behind half a record would not be believed
+            os.ftruncate(self.fd, HEADER.size + self.records * RECORD.size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.records += 1
 
     def redirect(self, first: int, end: int, kind: int) -> None:

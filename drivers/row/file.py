@@ -32,7 +32,7 @@ _KNOWN = sysio.FALLOC_FL_KEEP_SIZE | sysio.FALLOC_FL_PUNCH_HOLE | ZERO_RANGE
 class RowFile(OpenFile):
     """`n` is the sparse upper file. `ident` names its map."""
 
-    __slots__ = ("__weakref__", "base", "ident", "lock", "map", "on_dirty")
+    __slots__ = ("__weakref__", "base", "ident", "lock", "map", "on_dirty", "unit")
 
     plain = False
 
@@ -40,6 +40,7 @@ class RowFile(OpenFile):
         super().__init__(n, writable)
         self.base = base
         self.map = blockmap
+        self.unit = blockmap.blocksize
         self.ident = ident
         self.lock = threading.RLock()
         size = os.fstat(n).st_size

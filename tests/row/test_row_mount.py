@@ -10,60 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rowmount import MIB, UNIONFS, Row, content, poke
 
-MIB = 1 << 20
-UNIONFS = Path(sys.executable).parent / "unionfs"
 ROOT = Path(__file__).parents[2]
-
-
-class Row:
-    def __init__(self, where: Path) -> None:
-        self.where = where
-        self.lower, self.upper, self.work, self.merged = (where / n for n in ("lower", "upper", "work", "merged"))
-        for path in (self.lower, self.upper, self.merged):
-            path.mkdir(exist_ok=True)
-
-    def mount(self, *options: str) -> None:
-        subprocess.run(
-            [UNIONFS, "mount", "--driver", "row", "--lower", self.lower, "--upper", self.upper, "--work", self.work,
-             *options, self.merged], check=True, timeout=60,
-        )  # fmt: skip
-
-    def umount(self) -> None:
-        subprocess.run([UNIONFS, "umount", self.merged], check=True, timeout=60)
-
-    def remount(self, *options: str) -> None:
-        self.umount()
-        self.mount(*options)
-
-    def fsck(self, *options: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([UNIONFS, "fsck", *options, self.upper], capture_output=True, text=True, timeout=60)
-
-    def pid(self) -> int:
-        out = subprocess.run([UNIONFS, "list", "--json"], capture_output=True, text=True, check=True, timeout=60).stdout
-        import json
-
-        return next(int(m["pid"]) for m in json.loads(out) if m["mountpoint"] == str(self.merged))
-
-
-@pytest.fixture
-def row(tmp_path: Path):  # type: ignore[no-untyped-def]
-    r = Row(tmp_path)
-    yield r
-    if os.path.ismount(r.merged):
-        subprocess.run(["umount", "-l", r.merged], check=True)
-
-
-def poke(path: Path, offset: int, data: bytes) -> None:
-    fd = os.open(path, os.O_RDWR)
-    try:
-        assert os.pwrite(fd, data, offset) == len(data)
-    finally:
-        os.close(fd)
-
-
-def content(size: int) -> bytearray:
-    return bytearray(b"".join(i.to_bytes(8, "little") for i in range(size // 8)))
 
 
 def test_first_write_copies_a_block(row: Row) -> None:

@@ -41,6 +41,7 @@ class OpenFile(Fd):
     __slots__ = ("writable",)
 
     plain = True  # False: the bytes are not in this one file alone; a driver's subclass knows them
+    unit = 4096  # bytes that are allocated together, at least
 
     def __init__(self, n: int, writable: bool) -> None:
         self.n = n

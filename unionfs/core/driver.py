@@ -84,6 +84,7 @@ class Driver:
         self.metacopy = False  # metadata changes of big files copy no data
         self.index = False  # hard links of lower inodes stay linked over copy-up
         self.volatile = False  # nothing is synced
+        self.quota: int | None = None  # bytes that the upper may hold
 
     live = False  # layers may change while mounted: `plan_layers`
 

@@ -125,9 +125,10 @@ class Store(ABC):
         where the driver can (else Unsupported). A view needs a parent (Invalid)."""
 
     @abstractmethod
-    def commit(self, id: str, new_id: str, *, labels: Mapping[str, str] | None = None) -> Layer:
+    def commit(self, id: str, new_id: str, *, labels: Mapping[str, str] | None = None, parent: str = "") -> Layer:
         """Freezes an active layer under `new_id`; the old id vanishes. O(1) but for the fsync; labels replace the old
-        ones. `new_id` may be `id` itself: frozen in place (labels kept if none are given). InUse while mounted."""
+        ones. `new_id` may be `id` itself: frozen in place (labels kept if none are given). InUse while mounted.
+        `parent`: puts a layer without one onto that committed layer, where the driver can (else Unsupported)."""
 
     @abstractmethod
     def remove(self, id: str) -> None:

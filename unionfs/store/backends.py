@@ -38,6 +38,10 @@ class Backend:
         """Content for a new layer in an empty directory. `readonly`: it is a view."""
         raise NotImplementedError
 
+    def inherit_root(self, directory: str, parent: str) -> None:
+        """The root of the tree is the topmost layer's: it gets the parent's owner and mode."""
+        raise NotImplementedError
+
     def flatten(self, chain: Sequence[str]) -> list[str]:
         """The command line that makes the layer readable for those above it, before it is frozen; [] if it is."""
         return []
@@ -97,13 +101,17 @@ class UnionBackend(Backend):
         diff = os.path.join(directory, DIFF)
         os.mkdir(diff, 0o755)
         os.mkdir(os.path.join(directory, WORK), 0o700)
-        if parent is not None:  # the root of the tree is the topmost layer's
-            status = os.stat(os.path.join(parent, DIFF))
-            os.chmod(diff, stat.S_IMODE(status.st_mode))
-            if os.geteuid() == 0:
-                os.chown(diff, status.st_uid, status.st_gid)
+        if parent is not None:
+            self.inherit_root(directory, parent)
         else:
             os.chmod(diff, 0o755)
+
+    def inherit_root(self, directory: str, parent: str) -> None:
+        diff = os.path.join(directory, DIFF)
+        status = os.stat(os.path.join(parent, DIFF))
+        if os.geteuid() == 0:
+            os.chown(diff, status.st_uid, status.st_gid)
+        os.chmod(diff, stat.S_IMODE(status.st_mode))
 
     def flatten(self, chain: Sequence[str]) -> list[str]:
         """Block maps of the row driver count in the uppermost layer only."""

@@ -51,9 +51,10 @@ from unionfs.store.api import (
 from unionfs.store.backends import DIFF, MERGED, WORK, filesystem_magic, make_backend, opened
 from unionfs.store.db import Database
 from unionfs.store.layertar import layer_tar, tar_size
-from unionfs.store.tree import Row
-from unionfs.store.unpack import Limits, unpack
+from unionfs.store.tree import Row, Tree
+from unionfs.store.unpack import Limits, Missing, unpack
 
+OWN_ROOT = "own_root"  # in a layer's options: its archive had an entry for the root directory
 UNPACKING = "unionfs.unpacking"  # label of an active layer that whoever opens the store next need not keep
 
 OPTIONS = {
@@ -95,6 +96,7 @@ class LayerStore(Store):
         self._guards: dict[int, threading.RLock] = {}
         self._guards_lock = threading.Lock()
         self._making: set[str] = set()
+        self.images_lock = threading.RLock()  # see `images`
         self._forget_lost_mounts()
 
     def _read_options(self, options: Mapping[str, str]) -> None:
@@ -287,7 +289,7 @@ class LayerStore(Store):
         except OSError:
             pass
 
-    def commit(self, id: str, new_id: str, *, labels: Mapping[str, str] | None = None) -> Layer:
+    def commit(self, id: str, new_id: str, *, labels: Mapping[str, str] | None = None, parent: str = "") -> Layer:
         check_id(new_id)
         with self._guard(id) as row:
             if row["kind"] != "active":
@@ -296,7 +298,10 @@ class LayerStore(Store):
                 raise Exists(f"layer {new_id} exists")
             path = self._path(row)
             self._refuse_mounted(row, "commit")
+            base = self._new_parent(row, parent) if parent else None
             try:
+                if base is not None and not json.loads(row["options"]).get(OWN_ROOT):
+                    self.backend.inherit_root(path, self._path(base))
                 if flatten := self.backend.flatten(self._chain(row)):
                     self._servers.run(flatten)
                 self.backend.freeze(path)
@@ -312,12 +317,35 @@ class LayerStore(Store):
                 with self.db.transaction(durable=self.sync) as db:
                     db.execute(
                         "UPDATE layers SET id = ?, kind = 'committed', created = ?, updated = ?, labels = ?,"
-                        " size = ?, inodes = ?, refs = 0 WHERE num = ?",
-                        (new_id, now, now, json.dumps(kept), usage.size, usage.inodes, row["num"]),
+                        " size = ?, inodes = ?, refs = 0, parent = ? WHERE num = ?",
+                        (
+                            new_id,
+                            now,
+                            now,
+                            json.dumps(kept),
+                            usage.size,
+                            usage.inodes,
+                            row["parent"] if base is None else base["num"],
+                            row["num"],
+                        ),
                     )
-            except sqlite3.IntegrityError:
+            except sqlite3.IntegrityError as error:
+                if "FOREIGN KEY" in str(error):
+                    raise NotFound(f"no layer {parent} in {self.home}: it was just removed") from None
                 raise Exists(f"layer {new_id} exists") from None
             return self.layer(new_id)
+
+    def _new_parent(self, row: sqlite3.Row, parent: str) -> sqlite3.Row | None:
+        found = self._row(parent)
+        if row["parent"] == found["num"]:
+            return None
+        if row["parent"] is not None:
+            raise Precondition(f"layer {row['id']} stands on another parent already, not on {parent}")
+        if self.backend.whole:
+            raise Unsupported(f"layer {row['id']}: driver {self.driver} can't put a layer onto another parent")
+        if found["kind"] != "committed":
+            raise Precondition(f"layer {parent} is {found['kind']}: only a committed one can be a parent")
+        return found
 
     def _sync(self) -> None:
         fd = os.open(self._layers, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -434,6 +462,10 @@ class LayerStore(Store):
                     servers.drop(path)
         self._set_refs(row, 0)
 
+    def unmount_elsewhere(self, path: str) -> None:
+        """Ends a mount of a layer that somebody made outside of the store's directories."""
+        self._servers.run(["umount", "--timeout", "2", "--", path])
+
     def mounted(self) -> dict[str, tuple[str, int]]:
         inside = DIFF if self.backend.whole else MERGED
         rows = self.db.rows("SELECT * FROM layers WHERE refs > 0 ORDER BY num")
@@ -449,7 +481,8 @@ class LayerStore(Store):
 
     # --- content ---
 
-    def apply(self, id: str, stream: Readable) -> Applied:
+    def apply(self, id: str, stream: Readable, *, alone: bool = False) -> Applied:
+        """`alone`: the layer will be put onto a parent later; NeedsParent if the archive can't be unpacked before."""
         with self._guard(id) as row:
             if row["kind"] != "active":
                 raise Precondition(f"layer {id} is {row['kind']}: only an active one takes an archive")
@@ -457,17 +490,22 @@ class LayerStore(Store):
             chain = self._chain(row)
             target = os.path.join(chain[0], DIFF)
             try:
+                below: Tree | None = Missing() if alone else None
                 if len(chain) > 1 and self.backend.format.hides:
-                    with opened(self.backend.tree(chain[1:])) as below:
-                        applied = unpack(target, stream, self.backend.format, below, self.limits)
-                else:
-                    applied = unpack(target, stream, self.backend.format, None, self.limits)
+                    below = self.backend.tree(chain[1:])
+                applied, own_root = unpack(target, stream, self.backend.format, below, self.limits)
             except OSError as error:
                 raise _failure(f"layer {id}", error) from None
             except MountError as error:
                 raise StoreError(f"layer {id}: {error}") from None
+            settings = json.loads(row["options"])
+            if own_root:
+                settings[OWN_ROOT] = True
             with self.db.transaction() as db:
-                db.execute("UPDATE layers SET diff_id = ? WHERE num = ?", (applied.diff_id, row["num"]))
+                db.execute(
+                    "UPDATE layers SET diff_id = ?, options = ? WHERE num = ?",
+                    (applied.diff_id, json.dumps(settings), row["num"]),
+                )
             return applied
 
     def _rows_of(self, id: str, parent: str | None) -> tuple[list[str], list[Row]]:

@@ -81,18 +81,20 @@ class Servers:
             self._stop()
 
 
+def all_mountpoints() -> set[str]:
+    with open("/proc/self/mountinfo", "rb") as stream:
+        return {os.fsdecode(_decoded(line.split(b" ", 5)[4])) for line in stream}
+
+
 def mountpoints(below: str) -> set[str]:
     """Mountpoints below a directory, whatever is mounted there."""
-    prefix = os.fsencode(os.path.realpath(below)).rstrip(b"/") + b"/"
-    found = set()
-    with open("/proc/self/mountinfo", "rb") as stream:
-        for line in stream:
-            path = line.split(b" ", 5)[4]
-            if b"\\" in path:
-                path = path.decode("unicode_escape").encode("latin-1")
-            if path.startswith(prefix):
-                found.add(os.fsdecode(path))
-    return found
+    prefix = os.path.realpath(below).rstrip("/") + "/"
+    return {path for path in all_mountpoints() if path.startswith(prefix)}
+
+
+def _decoded(field: bytes) -> bytes:
+    """mountinfo's octal escapes."""
+    return field.decode("unicode_escape").encode("latin-1") if b"\\" in field else field
 
 
 def is_alive(path: str) -> bool:

@@ -7,9 +7,12 @@ import hashlib
 import io
 import zlib
 from collections.abc import Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from unionfs.store.api import Invalid, Readable, Unsupported
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
 
 _CHUNK = 1 << 18
 
@@ -44,6 +47,12 @@ class Digesting(io.RawIOBase):
             raise Invalid(f"the archive is larger than {self._limit} bytes unpacked: raise the option apply.max_size")
         self._digest.update(data)
         return data
+
+    def readinto(self, buffer: Buffer, /) -> int:
+        view = memoryview(buffer).cast("B")
+        data = self.read(len(view))
+        view[: len(data)] = data
+        return len(data)
 
     @property
     def digest(self) -> str:

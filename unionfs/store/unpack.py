@@ -17,6 +17,7 @@ import logging
 import os
 import stat
 import tarfile
+from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from typing import IO, NamedTuple
 
@@ -57,9 +58,36 @@ class Member(tarfile.TarInfo):
         return member
 
 
-def unpack(root: str, stream: Readable, form: Format, below: Tree | None, limits: Limits) -> Applied:
+class NeedsParent(StoreError):
+    """The archive can't be unpacked before its parent is there: it leaves out a directory, or links to a file of it."""
+
+
+class Missing:
+    """The tree of a parent that is not there yet."""
+
+    def stat(self, path: bytes) -> Stat | None:
+        raise NeedsParent(f"{_show(path)} is looked for in the parent")
+
+    def names(self, path: bytes) -> list[bytes]:
+        raise NotImplementedError  # whoever unpacks asks for the stat first
+
+    def readlink(self, path: bytes) -> bytes:
+        raise NotImplementedError
+
+    def xattrs(self, path: bytes) -> dict[str, bytes]:
+        raise NotImplementedError
+
+    def chunks(self, path: bytes, size: int) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+def unpack(root: str, stream: Readable, form: Format, below: Tree | None, limits: Limits) -> tuple[Applied, bool]:
     """Unpacks into the directory `root`. `below`: what the layers below show, for parents that the archive leaves out
-    and for hard links to their files. Reads the stream to its end."""
+    and for hard links to their files; closed at the end. Reads the stream to its end. True: the archive had an entry
+    for the root."""
     try:
         plain = Digesting(decompressed(stream), limits.size)
         work = _Unpacking(root, form, below, limits)
@@ -67,12 +95,14 @@ def unpack(root: str, stream: Readable, form: Format, below: Tree | None, limits
             work.archive(plain)
         finally:
             work.close()
+            if below is not None:
+                below.close()
         plain.drain()
     except compression_errors() as error:
         raise Invalid(f"damaged compressed stream: {error}") from None
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise Invalid(f"damaged archive: {error}") from None
-    return Applied(work.size, plain.digest)
+    return Applied(work.size, plain.digest), work.own_root
 
 
 class _Unpacking:
@@ -86,6 +116,7 @@ class _Unpacking:
         self._root = os.geteuid() == 0
         self._left_out: dict[str, int] = {}
         self.size = 0
+        self.own_root = False
 
     def close(self) -> None:
         self._walker.close()
@@ -122,6 +153,7 @@ class _Unpacking:
         try:
             if not parts:
                 if member.isdir():
+                    self.own_root = True
                     self._attributes(self._walker.directory([]), b".", b"", member)
                 return
             name = parts[-1]

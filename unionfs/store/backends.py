@@ -92,6 +92,8 @@ class UnionBackend(Backend):
 
     def __init__(self, name: str, home: str) -> None:
         self.name = name
+        self._empty = os.path.join(home, "empty")  # below a layer without a parent: a mount has a lower
+        os.makedirs(self._empty, 0o755, exist_ok=True)
         self.format = Format() if name == "aufs" else OverlayFormat(home)
 
     def make(self, directory: str, parent: str | None, *, readonly: bool) -> None:
@@ -140,7 +142,7 @@ class UnionBackend(Backend):
     def mount(self, chain: Sequence[str], writable: bool, options: str) -> list[str]:
         lowers, upper, work = self.branches(chain, writable)
         argv = ["mount", "--driver", self.name]
-        for lower in lowers:
+        for lower in lowers or [self._empty]:
             argv += ["--lower", _escaped(lower)]
         if upper:
             argv += ["--upper", upper, "--work", work]

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from unionfs.store.api import StoreError, Unsupported
+from unionfs.store.api import NoSpace, StoreError, Unsupported
 
 MIGRATIONS = (
     """
@@ -60,6 +60,7 @@ class Database:
     """Rows are `sqlite3.Row`. Any thread."""
 
     def __init__(self, path: str) -> None:
+        self._path = path
         self._lock = threading.RLock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
         try:
@@ -85,14 +86,19 @@ class Database:
     @contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
         with self._lock:
-            self._connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
-                yield self._connection
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
+                self._connection.execute("PRAGMA synchronous=FULL" if durable else "PRAGMA synchronous=NORMAL")
+                self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._connection
+                    self._connection.execute("COMMIT")
+                except BaseException:
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.OperationalError as error:
+                problem = NoSpace if error.sqlite_errorcode == sqlite3.SQLITE_FULL else StoreError
+                raise problem(f"{self._path}: {error}") from None
 
     def rows(self, sql: str, *arguments: object) -> list[sqlite3.Row]:
         with self._lock:

@@ -7,8 +7,8 @@ row): each as an active layer without a parent, put on its parent when it is com
 An image's id is the digest of its configuration. `save` writes layers as `Store.diff` makes them, so an image that was
 packed by another tool gets other diff ids, and another id, than it came with; ours are the same each time.
 
-Any thread; what brings images in or takes them away happens one at a time (`LayerStore.images_lock`), or a layer could be
-pruned between its commit and its image. Everything that comes from outside is checked: digests, sizes of documents, names.
+Any thread; what brings images in or takes them away happens one at a time (`LayerStore.images_lock`), or a layer could
+be pruned between its commit and its image. Everything that comes from outside is checked: digests, sizes, names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 from unionfs.store.api import Applied, InUse, Invalid, Layer, NotFound, Readable, StoreError
 from unionfs.store.archives import Archive, Blob, open_archive
-from unionfs.store.layers import UNPACKING, LayerStore
+from unionfs.store.base import UNPACKING
+from unionfs.store.layers import LayerStore
 from unionfs.store.unpack import NeedsParent
 
 IMAGE_LAYER = "unionfs.image"  # label: goes with the last image that uses it

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import sys
 import zlib
 from collections.abc import Iterator
+from types import ModuleType
 from typing import TYPE_CHECKING, Protocol
 
 from unionfs.store.api import Invalid, Readable, Unsupported
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer as Buffer
 
 _CHUNK = 1 << 18
+_MAX_WINDOW_LOG = 27  # 128 MiB: what a decompressor must be ready to remember, as the format's tools have it
 
 
 class Packer(Protocol):
@@ -72,12 +75,10 @@ def decompressed(stream: Readable) -> Readable:
     if head.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=io.BufferedReader(whole, _CHUNK))
     if head == b"\x28\xb5\x2f\xfd":
-        try:
-            import zstandard
-        except ImportError:
-            raise Unsupported("a zstd layer: pip install zstandard (or 'unionfs[images]')") from None
-        unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-        return unpacker.stream_reader(io.BufferedReader(whole), read_size=_CHUNK, read_across_frames=True)
+        zstd = _zstd()
+        limits = {zstd.DecompressionParameter.window_log_max: _MAX_WINDOW_LOG}
+        unpacker: Readable = zstd.ZstdFile(io.BufferedReader(whole, _CHUNK), "rb", options=limits)
+        return unpacker
     if head.startswith((b"BZh", b"\xfd7zX")):
         raise Unsupported("the layer is compressed with bzip2 or xz: the image spec knows gzip and zstd only")
     return whole
@@ -87,10 +88,21 @@ def compression_errors() -> tuple[type[Exception], ...]:
     """What reading a damaged stream raises."""
     found: tuple[type[Exception], ...] = (gzip.BadGzipFile, zlib.error, EOFError)
     try:
-        import zstandard
-    except ImportError:
+        return (*found, _zstd().ZstdError)
+    except Unsupported:
         return found
-    return (*found, zstandard.ZstdError)
+
+
+def _zstd() -> ModuleType:
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        raise Unsupported("a zstd layer needs the package backports.zstd: pip install 'unionfs[images]'") from None
+    found: ModuleType = zstd
+    return found
 
 
 def compressed(pieces: Iterator[bytes], how: str) -> Iterator[bytes]:
@@ -102,11 +114,7 @@ def compressed(pieces: Iterator[bytes], how: str) -> Iterator[bytes]:
     if how == "gzip":
         packer = zlib.compressobj(6, zlib.DEFLATED, 31)
     elif how == "zstd":
-        try:
-            import zstandard
-        except ImportError:
-            raise Unsupported("zstd: pip install zstandard (or 'unionfs[images]')") from None
-        packer = zstandard.ZstdCompressor(level=3).compressobj()
+        packer = _zstd().ZstdCompressor(level=3)
     else:
         raise Invalid(f"compression {how!r}: one of gzip, zstd, none")
     for piece in pieces:

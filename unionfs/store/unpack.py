@@ -157,16 +157,21 @@ class _Unpacking:
                     self._attributes(self._walker.directory([]), b".", b"", member)
                 return
             name = parts[-1]
+            if any(part.startswith(WH + WH) for part in parts if part is not name or part != OPAQUE):
+                self._leave_out("a union filesystem's own files")  # .wh..wh.plnk and such
+                return
+            if any(part.startswith(WH) for part in parts[:-1]):
+                raise Invalid(f"entry {member.name!r}: a whiteout is no directory")
             parent = self._parent(parts[:-1])
             if name == OPAQUE:
                 self._opaque(parent, b"/".join(parts[:-1]))
-            elif name.startswith(WH + WH):
-                self._leave_out("aufs's own files")
             elif name.startswith(WH):
                 self._whiteout(parent, name[len(WH) :], parts[:-1])
             else:
                 self._make(tar, member, parent, name, b"/".join(parts))
         except OSError as error:
+            if isinstance(error, compression_errors()):
+                raise
             raise _refusal(member.name, error) from None
 
     def _make(self, tar: tarfile.TarFile, member: tarfile.TarInfo, parent: int, name: bytes, path: bytes) -> None:
@@ -238,8 +243,8 @@ class _Unpacking:
 
     def _link(self, member: tarfile.TarInfo, parent: int, name: bytes) -> None:
         target = _parts(member.linkname)
-        if not target:
-            raise Invalid(f"entry {member.name!r}: a hard link to the root")
+        if not target or any(part.startswith(WH) for part in target):
+            raise Invalid(f"entry {member.name!r}: a hard link to {member.linkname!r}")
         held = os.dup(parent)  # looking for the target moves the walker
         try:
             try:
@@ -249,6 +254,8 @@ class _Unpacking:
                 found = False
             if not found:
                 where = self._copy_up(member, target)
+            elif stat.S_ISDIR(os.stat(target[-1], dir_fd=where, follow_symlinks=False).st_mode):
+                raise Invalid(f"entry {member.name!r}: a hard link to the directory {member.linkname!r}")
             os.link(target[-1], name, src_dir_fd=where, dst_dir_fd=held, follow_symlinks=False)
         finally:
             os.close(held)

@@ -1,0 +1,102 @@
+"""Mounts of layers: references counted in the database, servers started by the zygote.
+
+The reference is written before the mount is made, and taken away after it is gone: after a crash there may be a
+reference without a mount, which `_forget_lost_mounts` takes back, never a mount that nobody counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Mapping
+
+from unionfs.store import servers
+from unionfs.store.api import InUse, StoreError
+from unionfs.store.backends import DIFF, MERGED
+from unionfs.store.base import Base
+
+
+class Mounting(Base):
+    def __init__(self, root: str, driver: str, options: Mapping[str, str]) -> None:
+        super().__init__(root, driver, options)
+        self._forget_lost_mounts()
+
+    def _forget_lost_mounts(self) -> None:
+        """References of mounts that are gone, and mounts of references that were never taken."""
+        there = servers.mountpoints(self._layers)
+        for row in self.db.rows("SELECT * FROM layers WHERE refs > 0"):
+            if not self.backend.whole and os.path.join(self._path(row), MERGED) not in there:
+                self._set_refs(row, 0)
+        held = {os.path.join(self._path(row), MERGED) for row in self.db.rows("SELECT * FROM layers WHERE refs > 0")}
+        for path in there - held:
+            servers.drop(path)
+
+    def _set_refs(self, row: sqlite3.Row, refs: int) -> None:
+        with self.db.transaction() as db:
+            db.execute("UPDATE layers SET refs = ? WHERE num = ?", (refs, row["num"]))
+
+    def get(self, id: str) -> str:
+        with self._guard(id) as row:
+            chain = self._chain(row)
+            if self.backend.whole:
+                self._set_refs(row, row["refs"] + 1)
+                return os.path.join(chain[0], DIFF)
+            path = os.path.join(chain[0], MERGED)
+            if row["refs"] and os.path.ismount(path) and servers.is_alive(path):
+                self._set_refs(row, row["refs"] + 1)
+                return path
+            if path in servers.mountpoints(chain[0]):  # its server died
+                servers.drop(path)
+            # The reference first: a mount that nobody has a reference to must not stay after a crash.
+            self._set_refs(row, row["refs"] + 1)
+            try:
+                self._servers.run(self.backend.mount(chain, row["kind"] == "active", self._options_for(row)))
+            except BaseException:
+                self._set_refs(row, row["refs"])
+                raise
+            return path
+
+    def _options_for(self, row: sqlite3.Row) -> str:
+        size = json.loads(row["options"]).get("size")
+        words = [self._mount_options, f"size={size}" if size and row["kind"] == "active" else ""]
+        return ",".join(word for word in words if word)
+
+    def put(self, id: str) -> None:
+        with self._guard(id) as row:
+            if row["refs"] > 1:
+                self._set_refs(row, row["refs"] - 1)
+            elif row["refs"] == 1:
+                self._unmount(row)
+
+    def release(self, id: str) -> None:
+        with self._guard(id) as row:
+            if row["refs"]:
+                self._unmount(row)
+
+    def _unmount(self, row: sqlite3.Row) -> None:
+        path = os.path.join(self._path(row), MERGED)
+        if not self.backend.whole and path in servers.mountpoints(self._path(row)):
+            try:
+                self._servers.run(["umount", "--timeout", "2", "--", path])
+            except StoreError:  # busy, or its server is dead or not ours to see
+                if path in servers.mountpoints(self._path(row)):
+                    servers.drop(path)
+        self._set_refs(row, 0)
+
+    def unmount_elsewhere(self, path: str) -> None:
+        """Ends a mount of a layer that somebody made outside of the store's directories."""
+        self._servers.run(["umount", "--timeout", "2", "--", path])
+
+    def mounted(self) -> dict[str, tuple[str, int]]:
+        inside = DIFF if self.backend.whole else MERGED
+        rows = self.db.rows("SELECT * FROM layers WHERE refs > 0 ORDER BY num")
+        return {row["id"]: (os.path.join(self._path(row), inside), row["refs"]) for row in rows}
+
+    def branches(self, id: str) -> tuple[list[str], str, str]:
+        row = self._row(id)
+        return self.backend.branches(self._chain(row), row["kind"] == "active")
+
+    def _refuse_mounted(self, row: sqlite3.Row, what: str) -> None:
+        if row["refs"]:
+            raise InUse(f"layer {row['id']} is mounted ({row['refs']} references): unmount it to {what} it")

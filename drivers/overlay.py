@@ -187,6 +187,7 @@ class OverlayDriver(OverlayMarks):
         entries: list[tuple[bytes, bool]] = []
         whiteouts: list[bytes] = []
         held = ldir.open()
+        plain = not ldir.xwhiteouts  # what looks like a file is one
         # By path: that gives names as bytes, and a descriptor of its own, whose position no other thread moves.
         with os.scandir(fd_path(held)) as it:
             for entry in it:
@@ -194,9 +195,11 @@ class OverlayDriver(OverlayMarks):
                 if name.startswith(WH):
                     if name != WH_OPAQUE:
                         whiteouts.append(name[len(WH) :])
+                elif plain and entry.is_file(follow_symlinks=False):
+                    entries.append((name, False))
                 elif entry.is_dir(follow_symlinks=False):
                     entries.append((name, True))
-                elif entry.is_symlink() or (entry.is_file(follow_symlinks=False) and not ldir.xwhiteouts):
+                elif entry.is_symlink():
                     entries.append((name, False))
                 else:
                     st = self.probe(ldir, name)

@@ -28,7 +28,7 @@ _NS = 1_000_000_000
 # A layer that does not answer: its server died, or its network went away.
 LAYER_GONE = frozenset((errno.ENOTCONN, errno.ECONNABORTED, errno.ESTALE, errno.EHOSTDOWN, errno.ETIMEDOUT))
 # One int for all nodes of a kind: masking the mode makes a new one, 32 bytes, for each.
-_KINDS = {kind << 12: kind << 12 for kind in (1, 2, 4, 6, 8, 10, 12)}
+KINDS = {kind << 12: kind << 12 for kind in (1, 2, 4, 6, 8, 10, 12)}
 
 
 def fail(code: int, what: bytes | None = None) -> OSError:
@@ -211,19 +211,19 @@ class Base:
             major, minor = os.major(rdev), os.minor(rdev)
             rdev = (minor & 0xFF) | major << 8 | (minor & ~0xFF) << 12
         more = node.more
-        if more is not None and mode & 0o170000 != 0o040000:
+        if mode & 0o170000 == 0o040000:
+            nlink = self._dir_nlink(node, nlink)
+        elif more is not None:
             nlink = 0 if more.unlinked else nlink + more.nlink_delta
             if more.nested_whiteout:
                 mode = 0o020000 | mode & 0o7777
             if more.data is not None:
                 blocks = self._data_blocks(more.data, blocks)
-        elif mode & 0o170000 == 0o040000:
-            nlink = self._dir_nlink(node, nlink)
         if self.idmap.active:
             mode, uid, gid, rdev = self.idmap.show(self, node, mode, uid, gid, rdev)
         return (
             node.ino, size, blocks, atime, mtime, ctime,
-            st.st_atime_ns - atime * _NS, st.st_mtime_ns - mtime * _NS, st.st_ctime_ns - ctime * _NS,
+            st.st_atime_ns % _NS, st.st_mtime_ns % _NS, st.st_ctime_ns % _NS,
             mode, nlink, uid, gid, rdev, 4096, 0,
         )  # fmt: skip
 
@@ -272,6 +272,3 @@ class Base:
     def _list(self, node: Dir) -> None:
         raise NotImplementedError  # listing.py
 
-    @staticmethod
-    def _kind(st: os.stat_result) -> int:
-        return _KINDS[st.st_mode & 0o170000]

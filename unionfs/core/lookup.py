@@ -11,7 +11,7 @@ import os
 from stat import S_ISDIR
 
 from unionfs.api import Entry
-from unionfs.core.base import LAYER_GONE, Base, fail
+from unionfs.core.base import KINDS, LAYER_GONE, Base, fail
 from unionfs.core.layers import LDir
 from unionfs.core.nodes import Dir, Node
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 NAMES_LIMIT = 1_000_000  # names remembered over all directories
-_UNKNOWN = object()
 
 
 class Lookup(Base):
@@ -48,21 +47,23 @@ class Lookup(Base):
 
     def _find(self, p: Dir, name: bytes) -> tuple[LDir, os.stat_result] | None:
         """The topmost layer directory of p that has name, and its attributes there."""
-        ldirs = p.ldirs
-        if len(ldirs) == 1 and not p.complete:
-            ldir = ldirs[0]
-        else:
+        if p.removed:
+            return None
+        names = p.names
+        if names is None and len(p.ldirs) > 1:
             if len(name) > 255:
                 raise fail(errno.ENAMETOOLONG, name)
-            names = p.names
-            if names is None:
-                names = self._merge(p, name)
-            known = names.get(name, _UNKNOWN)
-            if known is None or (known is _UNKNOWN and p.complete):
+            names = self._merge(p, name)
+        ldir = names.get(name) if names is not None else None
+        if ldir is None:
+            if names is not None:
+                if len(name) > 255:
+                    raise fail(errno.ENAMETOOLONG, name)
+                if p.complete or name in names:
+                    return None
+            if self.driver.reserved(name):
                 return None
-            ldir = ldirs[-1] if known is _UNKNOWN else known  # type: ignore[assignment]
-        if p.removed or self.driver.reserved(name):
-            return None
+            ldir = p.ldirs[-1]
         st = self.driver.probe(ldir, name)
         return (ldir, st) if st else None
 
@@ -120,13 +121,15 @@ class Lookup(Base):
 
     def _adopt(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result) -> Node:
         """A node for what was found: an existing one where the inode is known under another name."""
-        if S_ISDIR(st.st_mode):
+        kind = KINDS[st.st_mode & 0o170000]
+        if kind == 0o040000:
             return self._add(p, name, self._new_dir(p, name, ldir, st))
         if st.st_nlink > 1:
             known = self._linked(p, name, ldir, st)
             if known is not None:
                 return known
-        node = Node(p, name, ldir, self.ino_of(st), self._kind(st))
+        ino = st.st_ino if self.ino_base.get(st.st_dev) == 0 else self.ino_of(st)
+        node = Node(p, name, ldir, ino, kind)
         if ldir.impure is not False and ldir.layer.index < self.bottom:
             self._read_file_marks(node, st)
         if st.st_nlink > 1:
@@ -199,7 +202,7 @@ class Lookup(Base):
             if more.index is None:  # found by a name in the upper layer first
                 more.index, known.ldir = entry, index
             return known
-        node = Node(p, name, index, self.ino_of(st), self._kind(st))
+        node = Node(p, name, index, self.ino_of(st), KINDS[st.st_mode & 0o170000])
         self._register_link(node, upper)
         self.table.add(node)
         more = node.extra()

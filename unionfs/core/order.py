@@ -25,10 +25,16 @@ class Order:
     __slots__ = ("cookies", "lock", "names")
 
     def __init__(self, names: list[bytes]) -> None:
+        self.lock = threading.Lock()
+        by_cookie = {_FIRST + (crc32(name) << _SHIFT): name for name in names}
+        if len(by_cookie) == len(names):
+            order = sorted(by_cookie)
+            self.names = [by_cookie[cookie] for cookie in order]
+            self.cookies = array("Q", order)
+            return
         pairs = sorted([(_FIRST + (crc32(name) << _SHIFT), name) for name in names])
         self.names = [name for _, name in pairs]
         self.cookies = cookies = array("Q", [cookie for cookie, _ in pairs])
-        self.lock = threading.Lock()
         last = -1
         for i, cookie in enumerate(cookies):
             if cookie <= last:

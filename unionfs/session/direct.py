@@ -284,6 +284,6 @@ def _tune_interpreter() -> None:
     would stop every request for most of a second.
     """
     gc.freeze()
-    gc.set_threshold(700, 10, 1 << 30)
+    gc.set_threshold(10_000, 10, 1 << 30)
     sysio.return_big_blocks()
     sys.setswitchinterval(SWITCH_INTERVAL)

@@ -8,11 +8,14 @@ and an offset of 2 asks it for the first.
 from __future__ import annotations
 
 import errno
+from struct import Struct
 
 from unionfs.wire import abi
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from unionfs.api import Operations
 
 _START = abi.OUT_HEADER_SIZE
@@ -28,23 +31,31 @@ UNKNOWN_INO = 0xFFFFFFFF  # of "..": any number but 0, which readdir(3) would sk
 _XFLAGS = ((0x08, 0x10), (0x10, 0x20), (0x20, 0x08), (0x40, 0x80), (0x80, 0x40), (0x200, 1 << 29), (0x8000, 1 << 25))
 
 
+class _Packers(dict[int, "Callable[..., None]"]):
+    """What packs a plus record together with its name, by the name's length with its padding."""
+
+    def __missing__(self, padded: int) -> Callable[..., None]:
+        pack = self[padded] = Struct(f"{abi.DIRENTPLUS.format}{padded}s").pack_into  # `s` fills up with zeros
+        return pack
+
+
+_packers = _Packers()
+
+
 def plus(ops: Operations, nodeid: int, offset: int, out: memoryview, room: int, timeout: int) -> int:
     """Fill `out` with records of at most `room` bytes; the end of the reply."""
     at = _START
     if offset < 2:
         at = _dots(ops, nodeid, offset, out, at, plus=True)
         offset = 2
-    pack = abi.DIRENTPLUS.pack_into
+    packers = _packers
     for name, cookie, (child, generation, attr) in ops.readdirplus(nodeid, offset, room + _START - at, 152):
         size = len(name)
-        pack(
-            out, at, child, generation, timeout, timeout, 0, 0, *attr, attr[0], cookie, size, attr[9] >> 12
+        padded = (size + 7) & ~7
+        packers[padded](
+            out, at, child, generation, timeout, timeout, 0, 0, *attr, attr[0], cookie, size, attr[9] >> 12, name
         )
-        name += _PADDING[size & 7]
-        at += 152
-        end = at + len(name)
-        out[at:end] = name
-        at = end
+        at += 152 + padded
     return at
 
 

@@ -93,7 +93,7 @@ def _system_routes(
             data_root=about.data_root,
             status=store.status(),
             layers=len(store.layers()),
-            images=len(images.list()),
+            images=len(images.all()),
             containers=len(containers.all()),
             mounts=len(store.mounted()),
             server_version=__version__,

@@ -42,7 +42,7 @@ def image_routes(images: Images, events: Events, scratch: str) -> APIRouter:
 
     @router.get("/images", response_model=list[ImageInfo])
     def list_images() -> list[Image]:
-        return images.list()
+        return images.all()
 
     @router.post("/images", response_class=Response, responses={200: {"content": {LINES: {}}}})
     async def load_image(request: Request, name: str = "", tag: str = "") -> Response:

@@ -1,6 +1,6 @@
 """Long work as an answer: JSON lines that tell how far it is, then its result or why it failed.
 
-The status is 200 once the work has begun: the last line, `{"result": ...}` or `{"message": ..., "status": ...}`, decides.
+The status is 200 once the work has begun; the last line decides: `{"result": ...}` or `{"message", "status"}`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`Images` and `Containers` of a daemon's store, asked over REST: the methods of the local ones, so that a verb does not
-care which it has.
+"""`Images` and `Containers` of a daemon's store, asked over REST: the methods of the local ones, so that a verb need
+not care which it has.
 
 Differences that distance makes: archives are read and written here, where the person is; a mount is one on the daemon's
 host, at a place of the daemon's choice.
@@ -27,7 +27,7 @@ class RemoteImages:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def list(self) -> list[Image]:
+    def all(self) -> list[Image]:
         return [Image(**row) for row in self._client.call("GET", "/images")]
 
     def get(self, name: str) -> Image:

@@ -110,7 +110,9 @@ def _open(config: Config, choice: Choice) -> Store:
         raise MountError(f"daemon: {config.data_root}: {error}") from None
 
 
-async def _serve(config: Config, choice: Choice, plain_store: Store, listeners: list[Listener], notify: Notify) -> None:
+async def _serve(
+    config: Config, choice: Choice, plain_store: Store, listeners: list[Listener], scratch: str, notify: Notify
+) -> None:
     events = Events()
     metrics = Metrics(choice.driver)
     store = observed(plain_store, events, metrics)

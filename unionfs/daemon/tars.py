@@ -36,7 +36,7 @@ def layout_tar(directory: str) -> Iterator[bytes]:
 
 
 def archive_source(path: str, scratch: str) -> str:
-    """What a file that somebody sent is to `Images.load`: "docker-archive:FILE", or "oci:DIR" taken apart in `scratch`."""
+    """What a file that was sent is to `Images.load`: "docker-archive:FILE", or "oci:DIR", taken apart in `scratch`."""
     try:
         with tarfile.open(path) as tar:
             members = {member.name.removeprefix("./"): member for member in tar}

@@ -66,6 +66,14 @@ def prepare(config: MountConfig) -> Operations:
 
     IdMap(config)  # malformed maps are refused before anything is made on disk
     driver = load_driver(config.driver)(config)
+    if driver.outside == "reval":
+        from unionfs.core.outside import OutsideUnion
+
+        return OutsideUnion(driver).gate
+    if driver.outside == "notify":
+        from unionfs.core.notified import NotifiedUnion
+
+        return NotifiedUnion(driver).gate
     if driver.live:
         from unionfs.core.live import live_union
 
@@ -89,13 +97,14 @@ def make_session(fd: int | None, ops: Operations, config: MountConfig) -> Sessio
 
         assert fd is not None
         return DirectSession(
-            fd, ops, data=config.data, debug=config.debug, acl="noacl" not in config.options, **settings
-        )
+            fd, ops, data=config.data, debug=config.debug, acl="noacl" not in config.options,
+            careful=ops.watch is not None, **settings,
+        )  # fmt: skip
     try:
         from unionfs.session.pyfuse3_session import Pyfuse3Session
     except ImportError as error:
         raise MountError(f"--session pyfuse3: {error}: pip install pyfuse3 trio", EXIT_FAILURE) from None
-    return Pyfuse3Session(ops, config, **settings)
+    return Pyfuse3Session(ops, config, careful=ops.watch is not None, **settings)
 
 
 def session_settings(config: MountConfig) -> dict[str, Any]:

@@ -215,6 +215,35 @@ def _mapped(fd: int, at: int, end: int) -> int:
     return total
 
 
+IN_MODIFY, IN_ATTRIB, IN_CLOSE_WRITE, IN_MOVED_FROM, IN_MOVED_TO, IN_CREATE, IN_DELETE = 2, 4, 8, 64, 128, 256, 512
+IN_Q_OVERFLOW, IN_IGNORED, IN_ONLYDIR, IN_EXCL_UNLINK = 1 << 14, 1 << 15, 1 << 24, 1 << 26
+
+_inotify_add_watch = libc.inotify_add_watch
+_inotify_add_watch.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32]
+
+
+def inotify_init() -> int:
+    """A non-blocking inotify descriptor. EMFILE: fs.inotify.max_user_instances is reached."""
+    fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0:
+        raise _fail()
+    return int(fd)
+
+
+def inotify_add_watch(fd: int, path: bytes, mask: int) -> int:
+    """The number of the watch; a second one on the same inode is the same. ENOSPC: max_user_watches is reached."""
+    wd = _inotify_add_watch(fd, path, mask)
+    if wd < 0:
+        raise _fail(path)
+    return int(wd)
+
+
+def inotify_rm_watch(fd: int, wd: int) -> None:
+    """EINVAL: it has gone by itself."""
+    if libc.inotify_rm_watch(fd, wd):
+        raise _fail()
+
+
 def clone(dst: int, src: int) -> bool:
     """FICLONE: share src's extents with dst. False where the filesystems can't."""
     try:

@@ -22,6 +22,7 @@ from unionfs.errors import WouldBlock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 _NS = 1_000_000_000
@@ -71,6 +72,8 @@ class OpenFile(Fd):
 
 
 class Base:
+    watch: Callable[[int], bool] | None = None
+
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.lanes: Any = threading.local()
@@ -261,6 +264,9 @@ class Base:
         if not nodeid:  # the thread that also found it has let it go meanwhile
             raise fail(errno.ESTALE, node.name)
         return nodeid, self.table.generations[nodeid], self._attr(node, st)
+
+    def watched(self, nodeid: int) -> bool:
+        return True
 
     # --- lanes ---
 

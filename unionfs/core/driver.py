@@ -92,6 +92,12 @@ class Driver:
         """MountError where the changes don't fit; nothing has changed then."""
         raise NotImplementedError
 
+    outside = "none"  # what others change in the layers: "none" looked for, "reval" at each access, "notify" when told
+
+    def concerns(self, name: bytes) -> bytes | None:
+        """Which name of a directory an entry on disk says something of; b"": the directory itself; None: no name."""
+        return name
+
     def start(self) -> None:
         """Called in the serving process before the first request."""
 
@@ -109,6 +115,10 @@ class Driver:
 
     def marks(self, ldir: LDir) -> Marks:
         raise NotImplementedError
+
+    def cut_off(self, ldir: LDir, name: bytes) -> bool:
+        """A whiteout stands beside the directory of that name: nothing below joins it."""
+        return False
 
     def file_marks(self, ldir: LDir, name: bytes) -> FileMarks | None:
         """None for a file that was never copied up."""

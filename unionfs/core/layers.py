@@ -13,6 +13,10 @@ import os
 import weakref
 from collections import deque
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from unionfs.core.watches import Watch
+
 _DIR_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH_FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -57,7 +61,7 @@ class Layer:
 class LDir:
     """A directory in a layer. `fd` may be None (closed); `open()` always gives one."""
 
-    __slots__ = ("__weakref__", "cache", "fd", "impure", "layer", "name", "parent", "xwhiteouts")
+    __slots__ = ("__weakref__", "cache", "fd", "impure", "layer", "name", "parent", "watch", "xwhiteouts")
 
     def __init__(self, layer: Layer, parent: LDir | None, name: bytes, cache: FdCache) -> None:
         self.layer = layer
@@ -65,6 +69,7 @@ class LDir:
         self.name = name
         self.cache = cache
         self.fd: Fd | None = None
+        self.watch: Watch | None = None  # lives as long as this object
         self.xwhiteouts = False  # may hold xattr whiteouts (overlay.opaque=x)
         self.impure: bool | None = None  # holds copied-up entries (overlay.impure); None: not read yet
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from unionfs.core.driver import Driver
-    from unionfs.core.layers import Layer
+    from unionfs.core.layers import Layer, LDir
 
 GATE_WAIT = 20.0  # seconds that a change waits for running operations
 ROUNDS = 3  # how often what seems in use is looked at
@@ -111,8 +111,11 @@ class Gate:
 class LiveUnion(UnionOperations):
     def __init__(self, driver: Driver) -> None:
         super().__init__(driver)
-        self.gate = Gate(self)
+        self.gate = self._make_gate()
         self._one_change = threading.Lock()
+
+    def _make_gate(self) -> Gate:
+        return Gate(self)
 
     # --- what people ask for ---
 
@@ -227,36 +230,40 @@ class LiveUnion(UnionOperations):
         d.names = d.stacks = d.order = d.inherit = None
         d.complete = False
         d.subdirs = -1
-        dirs: list[Dir] = []
-        for name, node in list(d.children.items()):
-            try:
-                found = self._find(d, name)
-            except OSError:
-                found = None  # the next lookup reports the error
-            if isinstance(node, Dir):
-                if found is not None and S_ISDIR(found[1].st_mode):
-                    fresh = self._new_dir(d, name, *found)
-                    node.ldirs, node.ldir, node.redirect = fresh.ldirs, fresh.ldirs[0], fresh.redirect
-                    dirs.append(node)
-                    continue
-                self._dir_lost(node)
-            elif found is not None and self._same(node, *found, name):
-                if (node.more is None or node.more.index is None) and node.parent is d and node.name == name:
-                    node.ldir = found[0]
-                continue
-            else:
-                self._name_lost(d, name, node)
-            d.children.pop(name, None)
-            lost.append((d.id, name))
-        return dirs
+        renewed = (self._renew(d, name, node, lost) for name, node in list(d.children.items()))
+        return [child for child in renewed if child is not None]
 
-    def _same(self, node: Node, ldir: Any, st: os.stat_result, name: bytes) -> bool:
+    def _renew(self, d: Dir, name: bytes, node: Node, lost: list[tuple[int, bytes]]) -> Dir | None:
+        """Where d's child is now. Returns it if it is a directory, with names of its own to look at."""
+        try:
+            found = self._find(d, name)
+        except OSError:
+            found = None  # the next lookup reports the error
+        if isinstance(node, Dir):
+            if found is not None and S_ISDIR(found[1].st_mode):
+                fresh = self._new_dir(d, name, *found)
+                node.ldirs, node.ldir, node.redirect = fresh.ldirs, fresh.ldirs[0], fresh.redirect
+                return node
+            self._dir_lost(node)
+        elif found is not None and self._same(node, *found, name):
+            if (node.more is None or node.more.index is None) and node.parent is d and node.name == name:
+                node.ldir = found[0]
+            return None
+        else:
+            self._name_lost(d, name, node)
+        d.children.pop(name, None)
+        lost.append((d.id, name))
+        return None
+
+    def _same(self, node: Node, ldir: LDir, st: os.stat_result, name: bytes) -> bool:
         try:
             own = self._stat(node)
         except OSError:
             return False
-        if (own.st_dev, own.st_ino) == (st.st_dev, st.st_ino):
-            return True
+        return (own.st_dev, own.st_ino) == (st.st_dev, st.st_ino) or self._same_index(node, ldir, st, name)
+
+    def _same_index(self, node: Node, ldir: LDir, st: os.stat_result, name: bytes) -> bool:
+        """The inode was copied up under another name."""
         if node.more is None or node.more.index is None or ldir.layer.writable:
             return False
         return self.driver.index_find(ldir, name, st) == (node.ldir, node.more.index)

@@ -280,7 +280,7 @@ class Lookup(Base):
                 yield ldir.child(name)
             rest = [p.ldirs[-1]] if known[-1] is not p.ldirs[-1] else []
         else:
-            rest = p.ldirs[at + 1 :]
+            rest = p.ldirs[at + 1 :] if not self.driver.cut_off(p.ldirs[at], name) else []
         for ldir in rest:
             try:
                 st = self.driver.probe(ldir, name)
@@ -294,6 +294,8 @@ class Lookup(Base):
             if not st or not S_ISDIR(st.st_mode):
                 return
             yield ldir.child(name)
+            if self.driver.cut_off(ldir, name):
+                return
 
     def _absolute(self, p: Dir, redirect: bytes) -> bytes:
         return redirect if redirect.startswith(b"/") else self._path_below(p) + b"/" + redirect

@@ -55,9 +55,12 @@ class DirectSession:
         timeout: int | None = None,
         stack_depth: int = 1,
         acl: bool = True,
+        careful: bool = False,
         negotiated: Negotiated | None = None,
     ) -> None:
         """`negotiated`: adopt a connection whose INIT was answered before, by another process.
+
+        `careful`: others change the layers too; the kernel keeps what `ops.watch` allows.
 
         `stack_depth` (passthrough): 1 where no layer lies on a stacking filesystem, and then one can be stacked on
         ours; 2 to pass through to layers that are themselves on an overlay.
@@ -66,6 +69,7 @@ class DirectSession:
         self.terms = negotiated
         self._asked: dict[str, Any] = {
             "data": data, "writeback": writeback, "timeout": timeout, "stack_depth": stack_depth, "acl": acl,
+            "careful": careful,
         }  # fmt: skip
         self._debug = debug
         self._channel = wire_channel.Channel(fd)
@@ -97,7 +101,7 @@ class DirectSession:
             self.ops.lanes.fast = True
             on_ready()
             _tune_interpreter()
-            self._loop(dispatch.Dispatcher(self.ops, self.terms, self._opens, fast=True), self.terms)
+            self._loop(dispatch.dispatcher(self.ops, self.terms, self._opens, fast=True), self.terms)
         finally:
             self.ops.lanes.fast = False
             if not self._slow.close(CLOSE_TIMEOUT) or not self._notices.close(1.0):
@@ -155,7 +159,7 @@ class DirectSession:
     def _slow_worker(self) -> Callable[[bytes], None]:
         assert self.terms is not None
         self.ops.lanes.fast = False
-        dispatcher = dispatch.Dispatcher(self.ops, self.terms, self._opens, fast=False)
+        dispatcher = dispatch.dispatcher(self.ops, self.terms, self._opens, fast=False)
         sent = [0]
         self._slow_sent.append(sent)
 

@@ -122,8 +122,9 @@ class Handlers(pyfuse3.Operations):
     supports_dot_lookup = False
 
     def __init__(
-        self, ops: Operations, *, acl: bool, writeback: bool = False, max_threads: int = 16, timeout: int = FOREVER
-    ) -> None:
+        self, ops: Operations, *, acl: bool, writeback: bool = False, max_threads: int = 16, timeout: int = FOREVER,
+        careful: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.enable_acl = acl
         self.enable_writeback_cache = writeback
@@ -133,6 +134,7 @@ class Handlers(pyfuse3.Operations):
         self.moved = 0  # messages that left the trio thread for a worker
         self._limiter = trio.CapacityLimiter(max_threads)
         self._timeout = timeout
+        self._careful = careful  # others change the layers too: what the kernel may keep is asked for each answer
 
     async def _run(self, operation: Callable[..., T], *args: Any) -> T:
         """Here if that takes microseconds, else in a worker."""
@@ -148,10 +150,22 @@ class Handlers(pyfuse3.Operations):
             raise OSError(code, os.strerror(code))
         return result  # type: ignore[return-value]  # T, where there is no code
 
-    def _entry(self, entry: Entry) -> pyfuse3.EntryAttributes:
+    async def _trusted(self, nodeid: int) -> bool:
+        """Before an operation on the node: whether the kernel may keep the answer."""
+        if not self._careful:
+            return True
+        assert self.ops.watch is not None
+        try:
+            return await self._run(self.ops.watch, nodeid)
+        except OSError:
+            return False
+
+    def _entry(self, entry: Entry, trusted: bool) -> pyfuse3.EntryAttributes:
         """For a reply that makes the kernel count the entry."""
         nodeid, generation, attr = entry
-        result = self._attributes(attr)
+        result = self._attributes(attr, trusted)
+        if trusted and self._careful and not self.ops.watched(nodeid):
+            result.attr_timeout = 0
         number = self.numbers.take(nodeid, attr[0])
         result.generation = generation
         if number != attr[0]:
@@ -160,7 +174,7 @@ class Handlers(pyfuse3.Operations):
             result.attr_timeout = 0
         return result
 
-    def _attributes(self, attr: Attr) -> pyfuse3.EntryAttributes:
+    def _attributes(self, attr: Attr, trusted: bool = True) -> pyfuse3.EntryAttributes:
         result = pyfuse3.EntryAttributes()
         (
             result.st_ino, result.st_size, result.st_blocks, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
@@ -169,8 +183,7 @@ class Handlers(pyfuse3.Operations):
         result.st_atime_ns = atime * 1_000_000_000 + atime_ns
         result.st_mtime_ns = mtime * 1_000_000_000 + mtime_ns
         result.st_ctime_ns = ctime * 1_000_000_000 + ctime_ns
-        result.entry_timeout = self._timeout
-        result.attr_timeout = self._timeout
+        result.entry_timeout = result.attr_timeout = self._timeout if trusted else 0
         return result
 
     # Names and nodes
@@ -179,11 +192,13 @@ class Handlers(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        entry = await self._run(self.ops.lookup, self.numbers.node(parent_inode), name)
+        parent = self.numbers.node(parent_inode)
+        trusted = await self._trusted(parent)
+        entry = await self._run(self.ops.lookup, parent, name)
         if entry is not None:
-            return self._entry(entry)
+            return self._entry(entry, trusted)
         absent = pyfuse3.EntryAttributes()  # st_ino 0: no such name, and the kernel may remember that
-        absent.entry_timeout = self._timeout
+        absent.entry_timeout = self._timeout if trusted else 0
         return absent
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
@@ -201,9 +216,9 @@ class Handlers(pyfuse3.Operations):
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         parent = self.numbers.node(parent_inode)
-        return self._entry(
-            await self._run(self.ops.mknod, parent, name, mode, rdev, ctx.umask, ctx.uid, ctx.gid)
-        )
+        trusted = await self._trusted(parent)
+        entry = await self._run(self.ops.mknod, parent, name, mode, rdev, ctx.umask, ctx.uid, ctx.gid)
+        return self._entry(entry, trusted)
 
     @message
     async def mkdir(
@@ -211,29 +226,33 @@ class Handlers(pyfuse3.Operations):
     ) -> pyfuse3.EntryAttributes:
         parent = self.numbers.node(parent_inode)
         mode = stat.S_IMODE(mode)  # pyfuse3 adds the type
-        return self._entry(await self._run(self.ops.mkdir, parent, name, mode, ctx.umask, ctx.uid, ctx.gid))
+        trusted = await self._trusted(parent)
+        return self._entry(await self._run(self.ops.mkdir, parent, name, mode, ctx.umask, ctx.uid, ctx.gid), trusted)
 
     @message
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         parent = self.numbers.node(parent_inode)
+        trusted = await self._trusted(parent)
         entry = await self._run(self.ops.create, parent, name, flags, mode, ctx.umask, ctx.uid, ctx.gid)
-        return pyfuse3.FileInfo(fh=entry[0], keep_cache=True), self._entry(entry)
+        return pyfuse3.FileInfo(fh=entry[0], keep_cache=True), self._entry(entry, trusted)
 
     @message
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
         parent = self.numbers.node(parent_inode)
-        return self._entry(await self._run(self.ops.symlink, parent, name, target, ctx.uid, ctx.gid))
+        trusted = await self._trusted(parent)
+        return self._entry(await self._run(self.ops.symlink, parent, name, target, ctx.uid, ctx.gid), trusted)
 
     @message
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        node = self.numbers.node
-        return self._entry(await self._run(self.ops.link, node(inode), node(new_parent_inode), new_name))
+        source, parent = self.numbers.node(inode), self.numbers.node(new_parent_inode)
+        trusted = await self._trusted(parent)
+        return self._entry(await self._run(self.ops.link, source, parent, new_name), trusted)
 
     @message
     async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
@@ -266,7 +285,9 @@ class Handlers(pyfuse3.Operations):
 
     @message
     async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
-        return self._attributes(await self._run(self.ops.getattr, self.numbers.node(inode)))
+        nodeid = self.numbers.node(inode)
+        trusted = await self._trusted(nodeid)
+        return self._attributes(await self._run(self.ops.getattr, nodeid), trusted)
 
     @message
     async def setattr(
@@ -285,7 +306,9 @@ class Handlers(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return self._attributes(await self._run(self.ops.setattr, self.numbers.node(inode), changes))
+        nodeid = self.numbers.node(inode)
+        trusted = await self._trusted(nodeid)
+        return self._attributes(await self._run(self.ops.setattr, nodeid, changes), trusted)
 
     # Data. A file's handle is its node id: pyfuse3 gives `read` and the like the handle only.
 
@@ -337,6 +360,7 @@ class Handlers(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         # The dots are made here, at 1 and 2; the core's names come after 2.
         cookie = max(start_id, DOTS)
+        trusted = await self._trusted(fh)
         if start_id < DOTS:
             attributes = self._attributes(await self._run(self.ops.getattr, fh))  # the kernel counts no dots
             for position in range(start_id, DOTS):
@@ -344,7 +368,7 @@ class Handlers(pyfuse3.Operations):
                     return
         while batch := await self._run(self.ops.readdirplus, fh, cookie, LISTING_BATCH, LISTING_OVERHEAD):
             for position, (name, cookie, entry) in enumerate(batch):
-                attributes = self._entry(entry)
+                attributes = self._entry(entry, trusted)
                 if not pyfuse3.readdir_reply(token, name, attributes, cookie):
                     self.numbers.drop(attributes.st_ino, 1)
                     for _, _, (nodeid, _, _) in batch[position:]:

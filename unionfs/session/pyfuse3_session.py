@@ -39,7 +39,9 @@ class Pyfuse3Session:
         writeback: bool = False,
         max_threads: int = MAX_THREADS,
         timeout: int | None = None,
+        careful: bool = False,
     ) -> None:
+        """`careful`: others change the layers too; the kernel keeps what `ops.watch` allows."""
         if config.data not in ("auto", "cached"):
             raise MountError(f"data={config.data}: the pyfuse3 session knows data=cached only", EXIT_USAGE)
         self._ops = ops
@@ -50,6 +52,7 @@ class Pyfuse3Session:
             writeback=writeback,
             max_threads=max_threads,
             timeout=FOREVER if timeout is None else timeout,
+            careful=careful,
         )
         self._fd = -1  # of the device, while it is served
         self._token: trio.lowlevel.TrioToken | None = None

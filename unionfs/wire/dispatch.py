@@ -68,7 +68,7 @@ class Dispatcher:
             self._negative, 0, len(self._negative), 0, 0, 0, 0, self.timeout, self.timeout, 0, 0, *(0,) * 16
         )
         self.handlers: dict[int, Callable[[int, int, int], Reply | None]] = {
-            opcode: handler.__get__(self) for opcode, _, handler, _ in OPCODES
+            opcode: getattr(self, handler.__name__) for opcode, _, handler, _ in OPCODES
         }
         if not terms.has("SETXATTR_EXT"):
             self.handlers[abi.SETXATTR] = self.setxattr_short
@@ -355,16 +355,75 @@ class Dispatcher:
     def statfs(self, unique: int, nodeid: int, size: int) -> Reply:
         return abi.STATFS_REPLY.pack(96, 0, unique, *self.ops.statfs())
 
+    def opendir(self, unique: int, nodeid: int, size: int) -> Reply:
+        return error_reply(unique, errno.ENOSYS)  # said once: listings are cached, and cost nothing the second time
+
     def nothing(self, unique: int, nodeid: int, size: int) -> Reply:
         """DESTROY, RELEASEDIR: nothing to do, success."""
         return self._done(unique)
 
     def unsupported(self, unique: int, nodeid: int, size: int) -> Reply:
-        """ENOSYS: the kernel does it itself (ACCESS, FLUSH, OPENDIR, locks) or without, and asks no more."""
+        """ENOSYS: the kernel does it itself (ACCESS, FLUSH, locks) or without, and asks no more."""
         return error_reply(unique, errno.ENOSYS)
 
     def session_only(self, unique: int, nodeid: int, size: int) -> Reply | None:
         raise RuntimeError("the session answers this itself")
+
+
+class CarefulDispatcher(Dispatcher):
+    """For layers that others change too: what the kernel may keep is asked of the core, for each answer."""
+
+    __slots__ = ("_longest",)
+
+    def __init__(self, ops: Operations, terms: Negotiated, opens: Opens, *, fast: bool) -> None:
+        super().__init__(ops, terms, opens, fast=fast)
+        self._longest = terms.timeout
+
+    def answer(self, opcode: int, unique: int, nodeid: int, size: int) -> Reply | None:
+        if nodeid and opcode not in NO_REPLY:
+            assert self.ops.watch is not None
+            try:
+                self.timeout = self._longest if self.ops.watch(nodeid) else 0
+            except OSError:
+                self.timeout = 0
+        return super().answer(opcode, unique, nodeid, size)
+
+    def lookup(self, unique: int, nodeid: int, size: int) -> Reply:
+        entry = self.ops.lookup(nodeid, self.view[40 : size - 1].tobytes())
+        if entry is not None:
+            return self._entry(unique, entry)
+        if not self.timeout:
+            return error_reply(unique, errno.ENOENT)
+        abi.U64.pack_into(self._negative, 8, unique)
+        return self._negative
+
+    def _entry(self, unique: int, entry: Entry) -> Reply:
+        of_name = self.timeout
+        of_node = of_name if self.ops.watched(entry[0]) else 0
+        out = self.out
+        abi.ENTRY_REPLY.pack_into(out, 0, 144, 0, unique, entry[0], entry[1], of_name, of_node, 0, 0, *entry[2])
+        return out[:144]
+
+    def _opened_entry(self, unique: int, entry: Entry, flags: int) -> Reply:
+        opened, backing = self.opens.created(entry[0], flags)
+        of_node = self.timeout if self.ops.watched(entry[0]) else 0
+        return abi.CREATE_REPLY.pack(
+            160, 0, unique, entry[0], entry[1], self.timeout, of_node, 0, 0, *entry[2], entry[0], opened, backing
+        )
+
+    def opendir(self, unique: int, nodeid: int, size: int) -> Reply:
+        flags = abi.FOPEN_KEEP_CACHE | abi.FOPEN_CACHE_DIR if self.timeout else 0
+        return abi.OPEN_REPLY.pack(32, 0, unique, nodeid, flags, 0)
+
+    def readdirplus(self, unique: int, nodeid: int, size: int) -> Reply:
+        _, offset, room = abi.READ_IN.unpack_from(self.request, 40)
+        end = listing.plus(self.ops, nodeid, offset, self.out, min(room, self.piece), self.timeout, self.ops.watched)
+        abi.OUT_HEADER.pack_into(self.out, 0, end, 0, unique)
+        return self.out[:end]
+
+
+def dispatcher(ops: Operations, terms: Negotiated, opens: Opens, *, fast: bool) -> Dispatcher:
+    return (CarefulDispatcher if terms.careful else Dispatcher)(ops, terms, opens, fast=fast)
 
 
 _NO_CHANGE = abi.FATTR_FH | abi.FATTR_LOCKOWNER
@@ -397,7 +456,7 @@ OPCODES = (
     (abi.REMOVEXATTR, "REMOVEXATTR", Dispatcher.removexattr, FAST),
     (abi.FLUSH, "FLUSH", Dispatcher.unsupported, FAST),
     (abi.INIT, "INIT", Dispatcher.session_only, SESSION),
-    (abi.OPENDIR, "OPENDIR", Dispatcher.unsupported, FAST),
+    (abi.OPENDIR, "OPENDIR", Dispatcher.opendir, FAST),
     (abi.READDIR, "READDIR", Dispatcher.readdir, FAST),
     (abi.RELEASEDIR, "RELEASEDIR", Dispatcher.nothing, FAST),
     (abi.FSYNCDIR, "FSYNCDIR", Dispatcher.fsyncdir, SLOW),

@@ -29,6 +29,10 @@ WANTED = (
     "MAX_PAGES", "CACHE_SYMLINKS", "NO_OPEN_SUPPORT", "NO_OPENDIR_SUPPORT", "HANDLE_KILLPRIV_V2", "SETXATTR_EXT",
     "INIT_EXT", "HAS_RESEND",
 )  # fmt: skip
+# Where others change the layers too: the kernel drops a file's pages when it sees another mtime or size, and asks
+# before each listing and each readlink.
+CAREFUL = ("AUTO_INVAL_DATA",)
+CARELESS = ("NO_OPENDIR_SUPPORT", "CACHE_SYMLINKS")
 # Without these we would not be right, only quick: the kernel would mask modes itself, or strip no privileges.
 REQUIRED = ("BIG_WRITES", "DONT_MASK")
 
@@ -53,6 +57,11 @@ class Negotiated:
 
     def has(self, flag: str) -> bool:
         return bool(self.flags & abi.INIT_FLAGS[flag])
+
+    @property
+    def careful(self) -> bool:
+        """What the kernel may keep is said with each answer."""
+        return self.has("AUTO_INVAL_DATA")
 
     def to_bytes(self) -> bytes:
         return self._LAYOUT.pack(
@@ -89,7 +98,7 @@ class Refused(Exception):
 
 def negotiate(
     request: bytes, *, data: str = "auto", writeback: bool = False, stack_depth: int = 1, timeout: int | None = None,
-    acl: bool = True,
+    acl: bool = True, careful: bool = False,
 ) -> tuple[Negotiated, bytes]:
     """From an INIT request to the terms and the INIT reply. MountError where what was asked for can't be had."""
     _, opcode, unique, _ = abi.IN_HEAD.unpack_from(request)
@@ -108,7 +117,7 @@ def negotiate(
     missing = [name for name in REQUIRED if not offered & abi.INIT_FLAGS[name]]
     if missing:
         raise MountError(f"kernel lacks FUSE features {', '.join(missing)}", EXIT_FAILURE)
-    wanted = sum(abi.INIT_FLAGS[name] for name in WANTED)
+    wanted = _bits(WANTED)
     if data == "auto":
         data = "noopen" if offered & abi.INIT_FLAGS["NO_OPEN_SUPPORT"] else "cached"
     if data == "noopen" and not offered & abi.INIT_FLAGS["NO_OPEN_SUPPORT"]:
@@ -126,6 +135,8 @@ def negotiate(
         wanted &= ~abi.INIT_FLAGS["HANDLE_KILLPRIV_V2"]
     elif data not in DATA_MODES:
         raise MountError(f"data={data}: not one of auto, {', '.join(DATA_MODES)}", EXIT_USAGE)
+    if careful:
+        wanted = wanted & ~_bits(CARELESS) | _bits(CAREFUL)
     if not acl:
         wanted &= ~abi.INIT_FLAGS["POSIX_ACL"]
     if writeback:
@@ -142,6 +153,10 @@ def negotiate(
         timeout=FOREVER if timeout is None else timeout,
     )
     return terms, reply_to(unique, terms)
+
+
+def _bits(names: tuple[str, ...]) -> int:
+    return sum(abi.INIT_FLAGS[name] for name in names)
 
 
 def reply_to(unique: int, terms: Negotiated) -> bytes:

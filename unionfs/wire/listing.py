@@ -42,8 +42,12 @@ class _Packers(dict[int, "Callable[..., None]"]):
 _packers = _Packers()
 
 
-def plus(ops: Operations, nodeid: int, offset: int, out: memoryview, room: int, timeout: int) -> int:
-    """Fill `out` with records of at most `room` bytes; the end of the reply."""
+def plus(
+    ops: Operations, nodeid: int, offset: int, out: memoryview, room: int, timeout: int,
+    watched: Callable[[int], bool] | None = None,
+) -> int:  # fmt: skip
+    """Fill `out` with records of at most `room` bytes; the end of the reply. Attributes of nodes that are not `watched`
+    are not to be kept."""
     at = _START
     if offset < 2:
         at = _dots(ops, nodeid, offset, out, at, plus=True)
@@ -51,9 +55,10 @@ def plus(ops: Operations, nodeid: int, offset: int, out: memoryview, room: int, 
     packers = _packers
     for name, cookie, (child, generation, attr) in ops.readdirplus(nodeid, offset, room + _START - at, 152):
         size = len(name)
+        of_node = timeout if watched is None or watched(child) else 0
         padded = (size + 7) & ~7
         packers[padded](
-            out, at, child, generation, timeout, timeout, 0, 0, *attr, attr[0], cookie, size, attr[9] >> 12, name
+            out, at, child, generation, timeout, of_node, 0, 0, *attr, attr[0], cookie, size, attr[9] >> 12, name
         )
         at += 152 + padded
     return at

@@ -23,6 +23,11 @@ COMMAND = Command(
         Option("-s --session", "transport (default auto: direct)", "NAME", ("auto", "direct", "pyfuse3")),
         Option("-o --options", "options, separated by commas; may be repeated", "NAME[=VALUE],..."),
         Option("-r --read-only", "mount read-only"),
+        Option("-i --image", "make a container of that image and mount it (see unionfs images)", "NAME"),
+        Option("-c --container", "mount that container (see unionfs ps)", "NAME"),
+        Option("--data-root", "where images and containers are", "DIR"),
+        Option("--storage-driver", "the driver that they are stored by", "NAME"),
+        Option("--storage-opt", "an option of the store; may be repeated", "NAME=VALUE"),
         Option("-f --foreground", "serve in the foreground"),
         Option("-d --debug", "trace every request on stderr; implies -f"),
     ],
@@ -33,6 +38,7 @@ COMMAND = Command(
     "  unionfs mount --lower base --upper changes merged\n"
     "  unionfs mount --lower app:debian --upper c --work w merged\n"
     "  unionfs mount --lower 'with\\:colon:base' -r merged\n"
+    "  unionfs mount --image debian:12 merged\n"
     "  unionfs mount --driver aufs --branch /fast=rw --branch /slow=ro merged\n"
     "A backslash makes ',' ':' and '\\' part of a name. At most 500 lower directories.\n\n"
     "Options for -o, beside ro, nosuid, nodev, noexec, noatime and the like, and the driver's own:\n"
@@ -41,6 +47,10 @@ COMMAND = Command(
 
 
 def run(parsed: Parsed) -> int:
+    if "image" in parsed or "container" in parsed:
+        from unionfs.front import container_mount
+
+        return container_mount.run(parsed)
     from unionfs.front import server
 
     return server.run(configure(parsed))

@@ -136,13 +136,13 @@ class UnionBackend(Backend):
         own, below = chain[0], [os.path.join(layer, DIFF) for layer in chain[1:]]
         diff = os.path.join(own, DIFF)
         if writable:
-            return below, diff, os.path.join(own, WORK)
+            return below or [self._empty], diff, os.path.join(own, WORK)
         return ([diff, *below] if os.path.isdir(diff) else below), "", ""
 
     def mount(self, chain: Sequence[str], writable: bool, options: str) -> list[str]:
         lowers, upper, work = self.branches(chain, writable)
         argv = ["mount", "--driver", self.name]
-        for lower in lowers or [self._empty]:
+        for lower in lowers:
             argv += ["--lower", _escaped(lower)]
         if upper:
             argv += ["--upper", upper, "--work", work]

@@ -24,6 +24,7 @@ from unionfs.store.db import Database
 from unionfs.store.unpack import Limits
 
 OWN_ROOT = "own_root"  # in a layer's options: its archive had an entry for the root directory
+IMAGE_LAYER = "unionfs.image"  # label of a committed layer that goes with the last image that uses it
 UNPACKING = "unionfs.unpacking"  # label of an active layer that whoever opens the store next need not keep
 
 OPTIONS = {

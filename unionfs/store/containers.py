@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unionfs.store.api import Change, Exists, InUse, Invalid, NotFound, Usage
 from unionfs.store.images import Image, Images, drop_blobs
 from unionfs.store.layers import LayerStore
-from unionfs.store.servers import all_mountpoints
+from unionfs.store.servers import all_mounts, drop
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 
@@ -39,7 +39,7 @@ class Containers:
 
     def all(self) -> list[Container]:
         """Newest first."""
-        there = all_mountpoints()
+        there = all_mounts()
         return [self._container(row, there) for row in self._db.rows("SELECT * FROM containers ORDER BY created DESC")]
 
     def get(self, name: str) -> Container:
@@ -52,10 +52,12 @@ class Containers:
             row = found[0] if found else None
         if row is None:
             raise NotFound(f"no container {name} in {self.store.home} (see unionfs ps)")
-        return self._container(row, all_mountpoints())
+        return self._container(row, all_mounts())
 
-    def _container(self, row: sqlite3.Row, there: set[str]) -> Container:
-        mountpoint = row["mountpoint"] if row["mountpoint"] in there else ""
+    def _container(self, row: sqlite3.Row, there: dict[str, str]) -> Container:
+        mountpoint = row["mountpoint"]
+        if mountpoint not in there or (there[mountpoint] != row["layer"] and not self.store.backend.whole):
+            mountpoint = ""  # not any more, or something else is there now
         if not mountpoint:
             mountpoint = self.store.mounted().get(row["layer"], ("", 0))[0]
         return Container(row["id"], row["name"], row["image"], row["config"], row["layer"], row["created"], mountpoint)
@@ -85,8 +87,10 @@ class Containers:
         return self.get(id)
 
     def note_mountpoint(self, name: str, mountpoint: str) -> None:
+        """Where it is about to be mounted, with its layer's id as the source (first field of /proc/mounts)."""
         container = self.get(name)
         with self._db.transaction() as db:
+            db.execute("UPDATE containers SET mountpoint = '' WHERE mountpoint = ?", (mountpoint,))
             db.execute("UPDATE containers SET mountpoint = ? WHERE id = ?", (mountpoint, container.id))
 
     def remove(self, name: str, *, force: bool = False) -> None:
@@ -106,6 +110,8 @@ class Containers:
     def _unmount(self, container: Container) -> None:
         if container.layer in self.store.mounted():
             self.store.release(container.layer)
+        elif self.store.backend.whole:
+            drop(container.mountpoint)
         else:
             self.store.unmount_elsewhere(container.mountpoint)
 
@@ -114,6 +120,10 @@ class Containers:
 
     def usage(self, name: str) -> Usage:
         return self.store.usage(self.get(name).layer)
+
+    def diff(self, name: str) -> Iterator[bytes]:
+        """The OCI layer tar of what it changes."""
+        return self.store.diff(self.get(name).layer)
 
     def export(self, name: str) -> Iterator[bytes]:
         """The tar of its whole tree."""

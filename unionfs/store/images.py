@@ -26,11 +26,10 @@ from typing import Any, NamedTuple
 
 from unionfs.store.api import Applied, InUse, Invalid, Layer, NotFound, Readable, StoreError
 from unionfs.store.archives import Archive, Blob, open_archive
-from unionfs.store.base import UNPACKING
+from unionfs.store.base import IMAGE_LAYER, UNPACKING
 from unionfs.store.layers import LayerStore
 from unionfs.store.unpack import NeedsParent
 
-IMAGE_LAYER = "unionfs.image"  # label: goes with the last image that uses it
 WORKERS = 4
 
 # what is being done, bytes done, bytes in all (0: not known)
@@ -159,6 +158,9 @@ class Images:
                 for future in early.values():
                     if not future.cancel() and future.exception() is None and future.result() is not None:
                         self.store.remove(future.result()[0])
+                for index in reversed(missing):
+                    if self.store.exists(chain[index]):
+                        self.prune(chain[index])
                 raise
         return chain[-1] if chain else ""
 
@@ -295,7 +297,8 @@ def drop_blobs(db: Any) -> None:
 
 
 def full_name(name: str) -> str:
-    """With ":latest" where no tag is given. Invalid if it can't be a name."""
+    """With ":latest" where no tag is given, without Docker's own registry. Invalid if it can't be a name."""
+    name = name.removeprefix("docker.io/").removeprefix("library/")
     if len(name) > 255 or not _NAME.match(name):
         raise Invalid(f"image name {name!r}: lower case letters, digits and . _ - / :, as in debian:12")
     return name if ":" in name.rsplit("/", 1)[-1] else name + ":latest"

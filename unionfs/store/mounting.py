@@ -57,6 +57,10 @@ class Mounting(Base):
                 raise
             return path
 
+    def mount_options(self, id: str) -> str:
+        """What a mount of the layer is to be given with -o."""
+        return self._options_for(self._row(id))
+
     def _options_for(self, row: sqlite3.Row) -> str:
         size = json.loads(row["options"]).get("size")
         words = [self._mount_options, f"size={size}" if size and row["kind"] == "active" else ""]

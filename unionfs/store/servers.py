@@ -81,15 +81,21 @@ class Servers:
             self._stop()
 
 
-def all_mountpoints() -> set[str]:
+def all_mounts() -> dict[str, str]:
+    """Mountpoint → first field of /proc/mounts, of what is uppermost there."""
+    found = {}
     with open("/proc/self/mountinfo", "rb") as stream:
-        return {os.fsdecode(_decoded(line.split(b" ", 5)[4])) for line in stream}
+        for line in stream:
+            fields = line.split(b" ")
+            source = fields[fields.index(b"-", 6) + 2]
+            found[os.fsdecode(_decoded(fields[4]))] = os.fsdecode(_decoded(source))
+    return found
 
 
 def mountpoints(below: str) -> set[str]:
     """Mountpoints below a directory, whatever is mounted there."""
     prefix = os.path.realpath(below).rstrip("/") + "/"
-    return {path for path in all_mountpoints() if path.startswith(prefix)}
+    return {path for path in all_mounts() if path.startswith(prefix)}
 
 
 def _decoded(field: bytes) -> bytes:

@@ -8,7 +8,7 @@ import sqlite3
 
 from unionfs.store import servers
 from unionfs.store.backends import DIFF, MERGED, WORK, filesystem_magic
-from unionfs.store.base import UNPACKING
+from unionfs.store.base import IMAGE_LAYER, UNPACKING
 from unionfs.store.content import Content
 
 _FILESYSTEMS = {
@@ -45,6 +45,8 @@ class Upkeep(Content):
                 self.release(row["id"])
                 self.remove(row["id"])
                 gone.append(f"layer {row['id']}: its unpacking was interrupted")
+        with self.images_lock:
+            gone += self._drop_unnamed()
         making = set(self._making)  # before the database is asked: a name leaves it after its row is there
         named = {row["directory"] for row in self.db.rows("SELECT directory FROM layers")}
         there = servers.mountpoints(self._layers)
@@ -59,6 +61,23 @@ class Upkeep(Content):
             else:
                 os.unlink(path)
             gone.append(path)
+        return gone
+
+    def _drop_unnamed(self) -> list[str]:
+        """Images' layers that no image has: its loading was interrupted."""
+        gone: list[str] = []
+        while unused := [
+            row["id"]
+            for row in self.db.rows(
+                "SELECT * FROM layers WHERE kind = 'committed' AND num NOT IN (SELECT parent FROM layers WHERE parent)"
+                " AND id NOT IN (SELECT layer FROM images)"
+            )
+            if IMAGE_LAYER in json.loads(row["labels"])
+        ]:
+            for id in unused:
+                self.release(id)
+                self.remove(id)
+                gone.append(f"layer {id}: no image has it")
         return gone
 
     def fsck(self, repair: bool = False) -> list[str]:

@@ -112,7 +112,8 @@ def syncfs(fd: int) -> None:
         raise _fail()
 
 
-_HANDLE_ROOM = struct.pack("<Ii", _MAX_HANDLE, 0) + bytes(_MAX_HANDLE)
+_HANDLE_HEAD = struct.Struct("<Ii")  # struct file_handle: size, type; the handle follows
+_HandleBuffer = ctypes.c_char * (_HANDLE_HEAD.size + _MAX_HANDLE)
 _mount_id = ctypes.byref(ctypes.c_int())  # written by every call, read by none
 _name_to_handle_at = libc.name_to_handle_at
 _name_to_handle_at.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int]
@@ -124,10 +125,11 @@ class _Handle(ctypes.Structure):
 
 def name_to_handle(dirfd: int, name: bytes) -> tuple[int, bytes]:
     """The file handle (type, bytes) of dirfd/name, symlinks not followed; b"": dirfd itself. EOPNOTSUPP: none."""
-    buf = ctypes.create_string_buffer(_HANDLE_ROOM, len(_HANDLE_ROOM))
+    buf = _HandleBuffer()
+    _HANDLE_HEAD.pack_into(buf, 0, _MAX_HANDLE, 0)
     if _name_to_handle_at(dirfd, name, buf, _mount_id, AT_EMPTY_PATH if not name else 0):
         raise _fail(name)
-    size, kind = struct.unpack_from("<Ii", buf)
+    size, kind = _HANDLE_HEAD.unpack_from(buf)
     return kind, buf.raw[8 : 8 + size]
 
 

@@ -94,7 +94,7 @@ class Base:
         self.file_limit = min(512, driver.fds.limit)  # kept open; more costs memory and saves little
         self.tree_lock = threading.RLock()
         self.bottom = len(driver.layers) - 1
-        self.copying: dict[Node, threading.Event] = {}
+        self.copying: dict[Node, threading.Lock] = {}  # held while the copy-up runs
         self.nowait = True  # reads may ask for cached bytes only
         self.settler = Settler()
         self.copied_up = 0  # bytes

@@ -113,17 +113,15 @@ class CopyUp(Placement):
             waiting = more is not None and (more.moving or (data and more.data is not None))
             if node.ldir.layer.writable and not waiting:
                 return
-            running = self.copying.get(node)
-            if running is not None:
-                self._park()
-                running.wait()
+            if self._await_copy(node):
                 continue
             st = self._stat(node)
             with_data = data or not self._can_metacopy(node, st)
             length = min(st.st_size, size) if size is not None else st.st_size
             if with_data and S_ISREG(st.st_mode) and length > INLINE_COPY:
                 self._park()
-            done = threading.Event()
+            done = threading.Lock()
+            done.acquire()
             if self.copying.setdefault(node, done) is not done:
                 continue
             known = self.table.counts[node.id] > 0  # else it is the caller's, who settles it
@@ -134,10 +132,19 @@ class CopyUp(Placement):
                     self._copy_up(node, st, with_data, length)
             finally:
                 del self.copying[node]
-                done.set()
+                done.release()
                 if known and node.id and self.table.counts[node.id] <= 0:
                     self.forget(node.id, 0)
             return
+
+    def _await_copy(self, node: Node) -> bool:
+        """Whether a copy-up of node was running; it is over now."""
+        running = self.copying.get(node)
+        if running is None:
+            return False
+        self._park()
+        with running:
+            return True
 
     def relocate(self, node: Node, layer: Layer) -> None:
         """Move a file from one writable layer to another one, where it is seen under the same name.
@@ -148,7 +155,8 @@ class CopyUp(Placement):
         if more is not None and (more.unlinked or more.aliases or more.backed):
             raise fail(errno.EXDEV, node.name)
         self._park()
-        done = threading.Event()
+        done = threading.Lock()
+        done.acquire()
         if self.copying.setdefault(node, done) is not done:
             raise fail(errno.EBUSY, node.name)
         old, name, p = node.ldir, node.name, node.parent
@@ -178,7 +186,7 @@ class CopyUp(Placement):
         finally:
             more.moving = False
             del self.copying[node]
-            done.set()
+            done.release()
 
     def _redirects(self, node: Node, size: int | None) -> bool:
         """The driver keeps the file's changed blocks apart from what lies below (row)."""

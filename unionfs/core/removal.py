@@ -21,9 +21,7 @@ class Removal(Create):
         node = self._child(p, name)
         if isinstance(node, Dir):
             raise fail(errno.EISDIR, name)
-        if node in self.copying:
-            self._park()
-            self.copying[node].wait()
+        self._await_copy(node)
         self._index_first(node)
         holder = self._holder(p, name, node)
         ldir, covered = self._removal_place(p, name, holder, node)

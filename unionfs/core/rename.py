@@ -48,15 +48,17 @@ class Rename(Removal):
     def _move(
         self, p: Dir, name: bytes, node: Node, q: Dir, newname: bytes, target: Node | None, nested_whiteout: bool
     ) -> None:
+        origin = node.ldir.layer
         layer = self._lift(p, name, node)
         if not self._shows(q, newname, layer):
             layer = self._lift_above(p, name, node, q, newname)
         src = self.ensure_dir(p, layer)
         dst = self.ensure_dir(q, layer)
-        covered_src = self._below(p, name, layer.index) is not None
-        covered_dst = self._below(q, newname, layer.index) is not None
         if isinstance(node, Dir):
-            self._prepare_dir(node, src, name, covered_dst)
+            self._prepare_dir(node, src, name, self._below(q, newname, layer.index) is not None)
+            covered_src = self._below(p, name, layer.index) is not None
+        else:  # what was copied up just now is still there
+            covered_src = not origin.writable or self._below(p, name, layer.index) is not None
         only_below = False
         if target is not None:
             self._index_first(target)
@@ -112,9 +114,7 @@ class Rename(Removal):
     def _clear_target(self, q: Dir, newname: bytes, target: Node, dst: LDir) -> None:
         """A directory to be replaced must be empty on disk too; a file's inode may be open."""
         if not isinstance(target, Dir):
-            if target in self.copying:
-                self._park()
-                self.copying[target].wait()
+            self._await_copy(target)
             self._pin(q, newname, target)
             return
         target.extra().pin = target.ldirs[0].open()

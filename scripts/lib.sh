@@ -3,7 +3,7 @@
 # Every function may be called again: it does nothing where its work is done already.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=$ROOT/.venv
+VENV=${UNIONFS_VENV:-$ROOT/.venv}
 
 # A bare environment (cron, CI, chroot) lacks these.
 export HOME=${HOME:-$(getent passwd "$(id -u)" | cut -d: -f6)}
@@ -77,9 +77,10 @@ open_fuse() {
 }
 
 # make_venv [EXTRA]: .venv holds this source, installed as a package (not editable: what is tested is what is shipped).
-# A .venv that we did not make (a developer's own, maybe editable) is left as it is and used.
+# A .venv that we did not make (a developer's own, maybe editable) is left as it is and used; so is UNIONFS_VENV.
 make_venv() {
     local extra=${1:-} stamp=$VENV/unionfs-source want python
+    [ -z "${UNIONFS_VENV:-}" ] || return 0
     if [ -x "$VENV/bin/python" ] && [ ! -e "$stamp" ]; then
         "$VENV/bin/python" -c 'import unionfs' 2>/dev/null && { say "using your own .venv"; return 0; }
     fi

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import time
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,13 +18,17 @@ from unionfs import __version__
 from unionfs.daemon.choice import Choice
 from unionfs.daemon.events import Events
 from unionfs.daemon.gate import VERSION, Application, Gate
+from unionfs.daemon.images import container_routes, image_routes
 from unionfs.daemon.layers import layer_routes
 from unionfs.daemon.logs import LOG
 from unionfs.daemon.models import Event, Info, Problem
 from unionfs.daemon.models import Version as VersionInfo
 from unionfs.daemon.observe import Metrics
 from unionfs.daemon.streams import lines
-from unionfs.store.api import Store, StoreError
+from unionfs.store.api import NoSpace, Store, StoreError
+from unionfs.store.containers import Containers
+from unionfs.store.images import Images
+from unionfs.store.layers import LayerStore
 
 LINES = "application/x-ndjson"
 
@@ -38,7 +43,8 @@ class About(NamedTuple):
     started: float
 
 
-def make_app(store: Store, events: Events, metrics: Metrics, about: About) -> Application:
+def make_app(store: Store, events: Events, metrics: Metrics, about: About, scratch: str) -> Application:
+    """`scratch`: an empty directory for archives in passing."""
     app = FastAPI(
         title="unionfs daemon",
         version=__version__,
@@ -49,15 +55,22 @@ def make_app(store: Store, events: Events, metrics: Metrics, about: About) -> Ap
         redoc_url=None,
     )
     app.add_exception_handler(StoreError, _store_error)
+    app.add_exception_handler(OSError, _os_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
     app.include_router(layer_routes(store))
-    app.include_router(_system_routes(store, events, metrics, about))
+    images = Images(cast(LayerStore, store))
+    containers = Containers(cast(LayerStore, store), images)
+    app.include_router(image_routes(images, events, scratch))
+    app.include_router(container_routes(containers, store, events))
+    app.include_router(_system_routes(store, images, containers, events, metrics, about))
     return Gate(app, lambda method, status: metrics.requests.labels(method, str(status)).inc())
 
 
-def _system_routes(store: Store, events: Events, metrics: Metrics, about: About) -> APIRouter:
+def _system_routes(
+    store: Store, images: Images, containers: Containers, events: Events, metrics: Metrics, about: About
+) -> APIRouter:
     router = APIRouter(tags=["system"])
 
     @router.get("/version", response_model=VersionInfo)
@@ -80,8 +93,8 @@ def _system_routes(store: Store, events: Events, metrics: Metrics, about: About)
             data_root=about.data_root,
             status=store.status(),
             layers=len(store.layers()),
-            images=0,
-            containers=0,
+            images=len(images.all()),
+            containers=len(containers.all()),
             mounts=len(store.mounted()),
             server_version=__version__,
             kernel_version=os.uname().release,
@@ -122,6 +135,13 @@ async def _store_error(request: Request, error: Exception) -> Response:
     if error.status >= 500:
         LOG.error("%s %s: %s", request.method, request.url.path, error)
     return JSONResponse({"message": str(error)}, error.status)
+
+
+async def _os_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OSError)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return JSONResponse({"message": f"no space: {error.strerror}: {error.filename or 'data root'}"}, NoSpace.status)
+    return await _unexpected(request, error)
 
 
 async def _invalid(_: Request, error: Exception) -> Response:

@@ -17,13 +17,13 @@ from urllib.parse import quote, urlencode
 
 from unionfs.daemon.listen import PORT, TLS_PORT, default_host, split_tcp
 from unionfs.errors import EXIT_FAILURE, EXIT_PERMISSION, EXIT_USAGE, MountError
-from unionfs.store.api import Exists, InUse, Invalid, NoSpace, NotFound, Precondition, StoreError, Unsupported
+from unionfs.store.api import InUse, Invalid, NoSpace, NotFound, Precondition, StoreError, Unsupported
 
 API = "/v1"
 PATIENCE = 10.0  # seconds for a connection; an answer may take as long as the work does
 _CHUNK = 1 << 16
 _ERRORS: dict[int, type[StoreError]] = {
-    error.status: error for error in (Invalid, NotFound, Exists, Precondition, Unsupported, NoSpace)
+    error.status: error for error in (Invalid, NotFound, InUse, Precondition, Unsupported, NoSpace)
 }
 
 
@@ -90,6 +90,14 @@ class Client:
             content = self._read(answer)
         return json.loads(content) if content else None
 
+    def work(
+        self, method: str, path: str, body: Iterable[bytes], query: Mapping[str, str] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """As `send`, for answers that are JSON lines: each as it comes."""
+        with self._ask(method, path, query, body, "application/x-tar") as answer:
+            while line := self._readline(answer):
+                yield json.loads(line)
+
     def receive(self, path: str, query: Mapping[str, str] | None = None) -> Iterator[bytes]:
         """What the daemon streams as an answer; StoreError if it ends before its end."""
         with self._ask("GET", path, query, None, "") as answer:
@@ -100,7 +108,16 @@ class Client:
         try:
             return answer.read(size)
         except (OSError, http.client.HTTPException) as error:
-            raise Refused(f"the daemon on {self.host} broke off its answer ({error}): see its log", 502) from None
+            raise self._broken_off(error) from None
+
+    def _readline(self, answer: http.client.HTTPResponse) -> bytes:
+        try:
+            return answer.readline()
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken_off(error) from None
+
+    def _broken_off(self, error: Exception) -> StoreError:
+        return Refused(f"the daemon on {self.host} broke off its answer ({error}): see its log", 502)
 
     def _ask(
         self, method: str, path: str, query: Mapping[str, str] | None, body: bytes | Iterable[bytes] | None, kind: str
@@ -119,7 +136,7 @@ class Client:
             raise self._unreachable(error) from None
         if answer.status >= 400:
             with answer:
-                raise _error(answer.status, self._read(answer))
+                raise store_error(answer.status, _message(answer.status, self._read(answer)))
         return answer
 
     def _connect(self) -> http.client.HTTPConnection:
@@ -172,13 +189,14 @@ def _context(tls: Tls) -> ssl.SSLContext:
     return context
 
 
-def _error(status: int, content: bytes) -> StoreError:
-    try:
-        answer = json.loads(content)
-        message = str(answer["message"])
-    except (ValueError, KeyError, TypeError):
-        message = f"the daemon answered {status}"
-    if status == 409:
-        return InUse(message)
+def store_error(status: int, message: str) -> StoreError:
+    """What the daemon's store raised, raised here."""
     known = _ERRORS.get(status)
     return known(message) if known else Refused(message, status)
+
+
+def _message(status: int, content: bytes) -> str:
+    try:
+        return str(json.loads(content)["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"the daemon answered {status}"

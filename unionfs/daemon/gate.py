@@ -21,7 +21,7 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 VERSION = "v1"
 LARGEST_BODY = 1 << 20  # bytes of a JSON body
 # Bodies that are streamed to the store, whose limits are the store's.
-_STREAMED = re.compile(r"/(images|layers/[^/]+/content)")
+_STREAMED = re.compile(r"/(images|images/import|layers/[^/]+/content)")
 _VERSIONED = re.compile(r"/(v[0-9]+)(/.*)?")
 
 

@@ -70,6 +70,47 @@ class AppliedInfo(Answer):
     diff_id: str
 
 
+class ImageInfo(Answer):
+    name: str
+    id: Annotated[str, Field(description="digest of its configuration")]
+    layer: Annotated[str, Field(description="the topmost; empty for an image without layers")]
+    created: float
+    size: Annotated[int, Field(description="bytes of all its layers, shared ones included")]
+
+
+class StepInfo(Answer):
+    created: str
+    created_by: str
+    comment: str
+    size: int
+    layer: Annotated[str, Field(description="empty where the step made none")]
+
+
+class ContainerInfo(Answer):
+    id: str
+    name: str
+    image: str
+    config: str
+    layer: str
+    created: float
+    mountpoint: Annotated[str, Field(description="empty while it is not mounted")]
+
+
+class NewContainer(Body):
+    image: Text
+    name: Text = ""
+    size: Annotated[Text, Field(description="a quota, as 10g, where the driver can")] = ""
+
+
+class CommitContainer(Body):
+    image: Text
+    comment: Text = ""
+
+
+class Retag(Body):
+    name: Text
+
+
 class Version(Answer):
     version: str
     api_version: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
 import ssl
 import time
@@ -53,10 +54,11 @@ def run(config: Config, notify: Notify) -> None:
         LOG.info("initialised: %d layers, %d mounts found serving", len(store.layers()), len(mounted))
         for id, (path, references) in mounted.items():
             LOG.debug("found %s on %s, %d references", id, path, references)
+        scratch = _scratch(config.data_root)
         listeners = open_listeners(config.hosts, config.group, config.tlsverify)
         for listener in listeners:
             stack.callback(listener.close)
-        trio.run(partial(_serve, config, choice, store, listeners, notify))
+        trio.run(partial(_serve, config, choice, store, listeners, scratch, notify))
         if config.unmount_on_stop:
             _unmount(store)
         else:
@@ -89,6 +91,14 @@ def _lock(root: str, stack: ExitStack) -> None:
     os.pwrite(fd, b"%d\n" % os.getpid(), 0)
 
 
+def _scratch(root: str) -> str:
+    """An empty directory: what a killed daemon left in it goes."""
+    path = os.path.join(root, "tmp")
+    shutil.rmtree(path, ignore_errors=True)
+    os.makedirs(path, 0o700, exist_ok=True)
+    return path
+
+
 def _open(config: Config, choice: Choice) -> Store:
     try:
         return open_store(config.data_root, choice.driver, config.storage_options)
@@ -100,7 +110,9 @@ def _open(config: Config, choice: Choice) -> Store:
         raise MountError(f"daemon: {config.data_root}: {error}") from None
 
 
-async def _serve(config: Config, choice: Choice, plain_store: Store, listeners: list[Listener], notify: Notify) -> None:
+async def _serve(
+    config: Config, choice: Choice, plain_store: Store, listeners: list[Listener], scratch: str, notify: Notify
+) -> None:
     events = Events()
     metrics = Metrics(choice.driver)
     store = observed(plain_store, events, metrics)
@@ -111,7 +123,7 @@ async def _serve(config: Config, choice: Choice, plain_store: Store, listeners: 
         if listener.open_to_network
     ]
     about = About(choice, config.data_root, [listener.label for listener in listeners], warnings, time.time())
-    app = cast(ASGIFramework, make_app(store, events, metrics, about))
+    app = cast(ASGIFramework, make_app(store, events, metrics, about, scratch))
     stopping = trio.Event()
 
     async def stopped() -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from daemon_harness import Daemon, tar_of
+from daemon_harness import Daemon, tar_of, unionfs
 
 from unionfs.daemon.client import Client
 from unionfs.daemon.remote import RemoteContainers, RemoteImages
@@ -188,3 +188,41 @@ def test_many_loads_at_once(running: Daemon, images: RemoteImages, tmp_path: Pat
     assert len({image.layer for image in images.all()}) == 1
     assert len(running.curl("/layers").json) == 1
     assert running.post("/fsck").json == []
+
+
+def test_verbs_that_people_type(running: Daemon, tmp_path: Path) -> None:
+    """The same command lines as on a data root, with the daemon in the environment or before the verb."""
+
+    def say(*argv: object) -> str:
+        return unionfs(*argv, UNIONFS_HOST=running.host).stdout
+
+    (tmp_path / "tree.tar").write_bytes(tar_of({"etc/issue": b"one\n"}))
+    assert say("image", "import", tmp_path / "tree.tar", "base:1").startswith("base:1 ")
+    assert unionfs("-H", running.host, "images").stdout.splitlines()[1].startswith("base:1 ")
+    assert say("create", "--name", "box", "base:1") == "box\n"
+    tree = Path(running.post("/containers/box/mount").json["path"])
+    (tree / "etc/issue").write_bytes(b"two\n")
+    assert json.loads(say("ps", "--json", "--size"))[0]["mountpoint"] == str(tree)
+    assert say("commit", "--message", "why", "box", "base:2").startswith("sha256:")
+    assert json.loads(say("history", "--json", "base:2"))[0]["comment"] == "why"
+    say("export", "--output", tmp_path / "whole.tar", "box")
+    say("export", "--changes", "--output", tmp_path / "changes.tar", "box")
+    assert "etc/issue" in names((tmp_path / "whole.tar").read_bytes())
+    assert "etc/issue" in names((tmp_path / "changes.tar").read_bytes())
+    say("save", "base:2", f"oci:{tmp_path / 'out'}:2")
+    say("image", "tag", "base:2", "other:2")
+    assert say("image", "load", f"oci:{tmp_path / 'out'}:2", "again:2").startswith("again:2 ")
+    refused = unionfs("rmi", "base:1", check=False, UNIONFS_HOST=running.host)
+    assert refused.returncode == 4
+    assert "used by the container box" in refused.stderr
+    refused = unionfs("images", "--data-root", "/x", check=False, UNIONFS_HOST=running.host)
+    assert "--data-root is the daemon's to choose" in refused.stderr
+    assert say("rm", "--force", "box") == "box\n"
+    say("rmi", "base:1", "base:2", "other:2", "again:2")
+    assert running.curl("/layers").json == []
+
+
+def test_the_data_root_of_a_daemon_is_not_for_others(running: Daemon) -> None:
+    done = unionfs("images", "--data-root", running.root, check=False)
+    assert done.returncode == 4
+    assert "if that is the daemon, go through it (unionfs -H" in done.stderr

@@ -168,6 +168,11 @@ def container_routes(containers: Containers, store: Store, events: Events) -> AP
     def usage(name: str) -> Usage:
         return containers.usage(name)
 
+    @router.get("/containers/{name}/diff", response_class=Response, responses={200: {"content": {TAR: {}}}})
+    async def diff(name: str) -> Response:
+        """The OCI layer tar of what it changes."""
+        return await download(lambda: containers.diff(name), TAR)
+
     @router.get("/containers/{name}/export", response_class=Response, responses={200: {"content": {TAR: {}}}})
     async def export(name: str) -> Response:
         """The tar of its whole tree."""

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from unionfs.daemon.client import Client, segment, store_error
+from unionfs.daemon.client import Client, connect, segment, store_error
 from unionfs.daemon.tars import layout_tar
 from unionfs.store.api import Change, Invalid, NotFound, Readable, StoreError, Usage
 from unionfs.store.archives import split_tag
@@ -21,6 +21,21 @@ from unionfs.store.images import Image, Progress
 from unionfs.store.layout import write_image
 
 _CHUNK = 1 << 18
+
+
+class Library:
+    """What `unionfs.store.library.Library` is for a data root, for the daemon that the environment names."""
+
+    def __init__(self, client: Client | None = None) -> None:
+        client = client or connect()
+        self.images = RemoteImages(client)
+        self.containers = RemoteContainers(client)
+
+    def __enter__(self) -> Library:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held: each request has its own connection."""
 
 
 class RemoteImages:
@@ -117,6 +132,9 @@ class RemoteContainers:
 
     def usage(self, name: str) -> Usage:
         return Usage(**self._client.call("GET", f"{_container(name)}/usage"))
+
+    def diff(self, name: str) -> Iterator[bytes]:
+        return self._client.receive(f"{_container(name)}/diff")
 
     def export(self, name: str) -> Iterator[bytes]:
         return self._client.receive(f"{_container(name)}/export")

@@ -122,7 +122,9 @@ class Store(ABC):
         options: Mapping[str, str] | None = None,
     ) -> Layer:
         """A new active layer or view. The parent must be committed (Precondition). options: {"size": "10g"}, a quota,
-        where the driver can (else Unsupported). A view needs a parent (Invalid)."""
+        where the driver can (else Unsupported); "uidmapping", "gidmapping": ID:DISK_ID:LENGTH groups, the owners that
+        its mounts show for those on disk (Unsupported where the driver keeps whole trees). A view needs a parent
+        (Invalid)."""
 
     @abstractmethod
     def commit(self, id: str, new_id: str, *, labels: Mapping[str, str] | None = None, parent: str = "") -> Layer:

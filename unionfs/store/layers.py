@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ from unionfs.store.api import (
 )
 from unionfs.store.backends import MERGED
 from unionfs.store.base import OWN_ROOT, UNPACKING, failure, parse_size
+from unionfs.store.mounting import ID_MAPS
 from unionfs.store.upkeep import Upkeep
 
 
@@ -96,9 +98,14 @@ class LayerStore(Upkeep):
         return self.layer(id)
 
     def _check_settings(self, id: str, kind: Kind, settings: dict[str, str]) -> dict[str, str]:
-        unknown = set(settings) - {"size"}
-        if unknown:
-            raise Invalid(f"layer {id}: unknown option {min(unknown)!r}: the one known is size")
+        known = {"size", *ID_MAPS}
+        if unknown := set(settings) - known:
+            raise Invalid(f"layer {id}: unknown option {min(unknown)!r}: one of {', '.join(sorted(known))}")
+        for option in settings.keys() & ID_MAPS:
+            if not re.fullmatch(r"\d{1,10}(:\d{1,10}){2}((:\d{1,10}){3}){0,339}", settings[option]):
+                raise Invalid(f"layer {id}: {option}={settings[option]!r}: must be groups of ID:DISK_ID:LENGTH")
+            if self.backend.whole:
+                raise Unsupported(f"layer {id}: driver {self.driver} can't show other owners ({option}): use overlay")
         if self._size and kind == "active":
             settings.setdefault("size", self._size)
         if "size" in settings:

@@ -16,6 +16,8 @@ from unionfs.store.api import InUse, StoreError
 from unionfs.store.backends import DIFF, MERGED
 from unionfs.store.base import Base
 
+ID_MAPS = frozenset({"uidmapping", "gidmapping"})  # options of a layer that its mounts get as they are
+
 
 class Mounting(Base):
     def __init__(self, root: str, driver: str, options: Mapping[str, str]) -> None:
@@ -62,8 +64,9 @@ class Mounting(Base):
         return self._options_for(self._row(id))
 
     def _options_for(self, row: sqlite3.Row) -> str:
-        size = json.loads(row["options"]).get("size")
-        words = [self._mount_options, f"size={size}" if size and row["kind"] == "active" else ""]
+        settings = json.loads(row["options"])
+        names = sorted(settings.keys() & (ID_MAPS | {"size"} if row["kind"] == "active" else ID_MAPS))
+        words = [self._mount_options, *(f"{name}={settings[name]}" for name in names)]
         return ",".join(word for word in words if word)
 
     def put(self, id: str) -> None:

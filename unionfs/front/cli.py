@@ -38,6 +38,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "certs": ("certs", "make certificates for the daemon and its clients"),
     "info": ("info", "what a daemon keeps, and how"),
     "version": ("version", "versions of this client and of the daemon"),
+    "plugin": ("plugin", "serve Docker or containerd"),
+    "setup": ("setup", "tell podman, Docker or containerd to use unionfs"),
     "completion": ("completion", "completion script for a shell"),
 }
 

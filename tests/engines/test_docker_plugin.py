@@ -310,7 +310,8 @@ def test_bad_requests_are_refused(scratch: Path, plugin_socket: None) -> None:
             assert status == 400 and "Err" in reply, id
         assert ask("GraphDriver.Create", {"ID": ["a"]})[0] == 400
         assert ask("GraphDriver.Create", {"ID": "b" * 64, "Parent": "c" * 64})[0] == 404
-        assert ask("GraphDriver.Create", {"ID": "b" * 64, "StorageOpt": {"size": "1g"}})[0] == 501
+        assert ask("GraphDriver.Create", {"ID": "b" * 64, "StorageOpt": {"size": "big"}})[0] == 400
+        assert ask("GraphDriver.Create", {"ID": "b" * 64, "StorageOpt": {"colour": "red"}})[0] == 400
         assert ask("GraphDriver.Create", {"ID": "b" * 64, "MountLabel": "system_u:x"})[0] == 501
         for body in (b"{", b"[]", b"7", b"\xff", b"[" * 100000):
             assert ask("GraphDriver.Exists", body)[0] == 400
@@ -332,7 +333,7 @@ def test_bad_requests_are_refused(scratch: Path, plugin_socket: None) -> None:
 
 def test_user_namespace(scratch: Path, plugin_socket: None) -> None:
     """What dockerd's --userns-remap asks for: container ids in archives and on disk, the host's in the mount."""
-    maps = [{"container_id": 0, "host_id": 100000, "size": 1000}, {"container_id": 1000, "host_id": 1000, "size": 1}]
+    maps = [{"container_id": 0, "host_id": 100000, "size": 1000}, {"container_id": 1000, "host_id": 70000, "size": 1}]
     docker = Docker(scratch)
     docker.start_plugin()
     try:
@@ -349,8 +350,9 @@ def test_user_namespace(scratch: Path, plugin_socket: None) -> None:
         assert ask("GraphDriver.ApplyDiff?id=base&parent=", archive.getvalue()) == (200, {"Size": 0})
         assert ask("GraphDriver.CreateReadWrite", {"ID": "top", "Parent": "base"}) == (200, {})
         merged = Path(ask("GraphDriver.Get", {"ID": "top"})[1]["Dir"])
-        assert [(merged / name).stat().st_uid for name in ("root", "seven", "user")] == [100000, 100007, 1000]
-        (merged / "new").touch()
+        assert [(merged / name).stat().st_uid for name in ("root", "seven", "user")] == [100000, 100007, 70000]
+        (merged / "new").touch()  # by the host's root, whom the container does not know
+        assert (merged / "new").stat().st_uid == 0
         os.chown(merged / "new", 100007, 100000)
         upper = Path(ask("GraphDriver.GetMetadata", {"ID": "top"})[1]["Metadata"]["UpperDir"])
         assert ((upper / "new").stat().st_uid, (upper / "new").stat().st_gid) == (7, 0)

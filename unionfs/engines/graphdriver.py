@@ -42,6 +42,7 @@ from unionfs.store.api import Exists, Invalid, NotFound, Store, StoreError, Unsu
 HOME_LABEL = "unionfs.docker.home"
 CONTENT_TYPE = "application/vnd.docker.plugins.v1.2+json"
 MAX_REQUEST = 1 << 20
+HOST_IDS = 3 << 30  # on disk: the host's ids where a mapping does not have them
 CHUNK = 1 << 18  # an archive crosses between threads in pieces of this size
 
 Stores = Callable[[str, Mapping[str, str]], Store]
@@ -327,13 +328,19 @@ def _printable(path: str) -> str:
 
 
 def _id_map(field: str, rows: Any) -> str:
-    """Docker's list of maps as the mount option: ID in the mount (the host's), on disk (the container's), length."""
-    words = []
+    """Docker's list of maps as the mount option: ID in the mount (the host's), on disk (the container's), length.
+
+    dockerd, as the host's root, makes files in a layer and then gives them to the container's root: ids below those
+    of the container are kept on disk out of the way.
+    """
+    ranges = []
     for row in rows:
         try:
-            words += [row["host_id"], row["container_id"], row["size"]]
+            ranges.append((row["host_id"], row["container_id"], row["size"]))
         except (TypeError, KeyError):
             raise Invalid(f"{field}: {row!r} is not container_id, host_id and size") from None
-    if not all(isinstance(word, int) and word >= 0 for word in words):
+    if not all(isinstance(number, int) and number >= 0 for one in ranges for number in one):
         raise Invalid(f"{field}: not numbers")
-    return ":".join(map(str, words))
+    if ranges and (below := min(host for host, _, _ in ranges)):
+        ranges.append((0, HOST_IDS, min(below, 1 << 16)))
+    return ":".join(str(number) for one in ranges for number in one)

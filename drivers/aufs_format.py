@@ -262,6 +262,24 @@ class AufsFormat(Driver):
     def index_removed(self, index: LDir, entry: bytes) -> None:
         self.plinks[index.layer][1].discard(entry)
 
+    def index_rows(self) -> dict[tuple[LDir, bytes], int]:
+        found = {}
+        for index, entries in self.plinks.values():
+            for entry in entries:
+                marks = dict(self._own_xattrs(fd_path(index.open(), entry), False))
+                found[index, entry] = int(marks.get("nlink", b"0")) + 1  # the entry itself is a name less to users
+        return found
+
+    def index_dissolved(self, index: LDir, entry: bytes) -> None:
+        path = fd_path(index.open(), entry)
+        if self.prefix is not None:
+            try:
+                os.removexattr(path, self.prefix + "nlink", follow_symlinks=False)
+            except OSError:
+                pass  # it had none
+        os.unlink(entry, dir_fd=index.open().n)
+        self.index_removed(index, entry)
+
     def set_nlink_delta(self, path: bytes, delta: int) -> None:
         self._note(path, "nlink", b"%d" % delta, b"/" not in path[14:])
 

@@ -201,9 +201,9 @@ def test_bad_changes(make_aufs: Make) -> None:
     assert caught.value.code == EXIT_BUSY
 
 
-def test_hundred_changes_under_load(make_aufs: Make) -> None:
+def test_hundred_changes_under_load(make_aufs: Make, session: str) -> None:
     """Readers, writers and listers while branches come and go a hundred times: no wrong byte, no strange error."""
-    u = make_aufs(session="direct")
+    u = make_aufs(session=session)
     names = [f"f{i}" for i in range(30)]
     for branch in ("x", "y", "low"):
         tree = {f"{folder}{name}": f"{branch} {folder}{name} ".ljust(5000, branch[0]) for name in names

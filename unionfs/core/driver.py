@@ -255,6 +255,13 @@ class Driver:
     def index_removed(self, index: LDir, entry: bytes) -> None:
         pass
 
+    def index_rows(self) -> dict[tuple[LDir, bytes], int]:
+        """What is to be dissolved at the end of the mount: the index's entries, and how many names each lacks."""
+        return {}
+
+    def index_dissolved(self, index: LDir, entry: bytes) -> None:
+        """All names of the inode are in its layer now: the entry goes."""
+
     def set_nlink_delta(self, path: bytes, delta: int) -> None:
         pass
 

@@ -12,6 +12,7 @@ Threads: `change` and `in_use` are called from a control thread, never from one 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from stat import S_ISDIR
@@ -116,6 +117,18 @@ class LiveUnion(UnionOperations):
 
     def _make_gate(self) -> Gate:
         return Gate(self)
+
+    def stop(self) -> None:
+        index = self.driver.index_rows()
+        if index:
+            from unionfs.core.links import link_all
+
+            try:
+                for directory, entry in link_all(self, index):
+                    self.driver.index_dissolved(directory, entry)
+            except OSError as e:  # they stay pseudo-links: to us the same
+                print(f"unionfs: hard links stay pseudo-links: {e}", file=sys.stderr)
+        super().stop()
 
     # --- what people ask for ---
 

@@ -1,9 +1,11 @@
 """A process that has imported what a mount needs and forks for each command line that it is sent.
 
 The servers of a hundred containers share the pages of one interpreter: each has a few MiB of its own instead of 15,
-and a mount starts without an interpreter's start. Run as `python -m unionfs.front.zygote FD`: FD is a SOCK_SEQPACKET
-socket; one message is a command line (JSON list, below MAX_REQUEST) with the descriptor of a pipe; the answer on that
-pipe is `EXIT_CODE MESSAGE`. It ends when the other side of FD is closed; the servers that it started go on.
+and a mount starts without an interpreter's start. Run as `python -m unionfs.front.zygote FD LOCK`: FD is a
+SOCK_SEQPACKET socket; one message is a command line (JSON list, below MAX_REQUEST) with the descriptor of a pipe; the
+answer on that pipe is `EXIT_CODE MESSAGE`. It ends when the other side of FD is closed; the servers that it started go
+on. LOCK is only held, until what was asked for is done (servers let go of it): nobody else takes the store while a
+mount is still being made in it.
 
 Single-threaded, for it forks.
 """
@@ -50,7 +52,8 @@ def main() -> int:
     for name in PRELOAD:
         import_module(name)
     requests = _socket.socket(fileno=int(sys.argv[1]))
-    os.set_inheritable(requests.fileno(), False)
+    for fd in (requests.fileno(), int(sys.argv[2])):
+        os.set_inheritable(fd, False)
     requests.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVBUF, MAX_REQUEST)
     _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # Ctrl+C is for whoever started us
     _signal.signal(_signal.SIGCHLD, _signal.SIG_IGN)  # nobody waits for the children: the pipe says how it went

@@ -47,7 +47,7 @@ class Backend:
         return []
 
     def freeze(self, directory: str) -> None:
-        """The layer is to be committed; it is not mounted."""
+        """The layer was committed: nobody writes to it any more. Idempotent."""
         raise NotImplementedError
 
     def delete(self, directory: str) -> None:
@@ -229,13 +229,13 @@ class BtrfsBackend(VfsBackend):
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             if parent is None:
-                fcntl.ioctl(fd, _SUBVOL_CREATE, struct.pack("q4088s", 0, name))
+                _ioctl(fd, _SUBVOL_CREATE, struct.pack("q4088s", 0, name))
                 os.chmod(os.path.join(directory, DIFF), 0o755)
                 return
             source = os.open(os.path.join(parent, DIFF), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 flags = _RDONLY if readonly else 0
-                fcntl.ioctl(fd, _SNAP_CREATE_V2, struct.pack("qQQ32x4040s", source, 0, flags, name))
+                _ioctl(fd, _SNAP_CREATE_V2, struct.pack("qQQ32x4040s", source, 0, flags, name))
             finally:
                 os.close(source)
         finally:
@@ -244,7 +244,7 @@ class BtrfsBackend(VfsBackend):
     def freeze(self, directory: str) -> None:
         fd = os.open(os.path.join(directory, DIFF), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.ioctl(fd, _SUBVOL_SETFLAGS, struct.pack("Q", _RDONLY))
+            _ioctl(fd, _SUBVOL_SETFLAGS, struct.pack("Q", _RDONLY))
         finally:
             os.close(fd)
 
@@ -254,7 +254,7 @@ class BtrfsBackend(VfsBackend):
             for inner in [*_subvolumes(diff), diff]:  # a container may have made some of its own: deepest first
                 fd = os.open(os.path.dirname(inner), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
-                    fcntl.ioctl(fd, _SNAP_DESTROY, struct.pack("q4088s", 0, os.fsencode(os.path.basename(inner))))
+                    _ioctl(fd, _SNAP_DESTROY, struct.pack("q4088s", 0, os.fsencode(os.path.basename(inner))))
                 finally:
                     os.close(fd)
         remove(None, os.fsencode(directory))
@@ -271,6 +271,10 @@ class BtrfsBackend(VfsBackend):
                 if status is not None:
                     size, inodes = size + status.size, inodes + 1
         return Usage(size, inodes)
+
+
+def _ioctl(fd: int, request: int, argument: bytes) -> None:
+    fcntl.ioctl(fd, request, bytearray(argument))  # a bytes argument may have 1024 at most
 
 
 def _subvolumes(root: str) -> list[str]:

@@ -13,6 +13,7 @@ import os
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -36,6 +37,7 @@ OPTIONS = {
 }
 
 _RESERVE = 256 << 10
+_LOCK_WAIT = 30.0  # seconds for a killed process's last mount to be there
 
 
 class Base(Store):
@@ -60,7 +62,7 @@ class Base(Store):
             os.close(self._lock_fd)
             raise
         self.make_reserve()
-        self._servers = servers.Servers()
+        self._servers = servers.Servers(self._lock_fd)
         self.closed = False
         self._guards: dict[int, threading.RLock] = {}
         self._guards_lock = threading.Lock()
@@ -86,15 +88,21 @@ class Base(Store):
     def _take_lock(self) -> int:
         path = os.path.join(self.home, "lock")
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(fd, 64, 0).decode("ascii", "replace").strip()
-            os.close(fd)
-            raise InUse(
-                f"{self.home} is in use by process {holder or '?'}: if that is the daemon, go through it "
-                "(unionfs -H unix:///run/unionfs.sock ...)"
-            ) from None
+        deadline = time.monotonic() + _LOCK_WAIT
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                holder = os.pread(fd, 64, 0).decode("ascii", "replace").strip()
+            # A killed one's zygote may still be busy with a mount, and holds the lock until that is done.
+            if os.path.exists(f"/proc/{holder}") or time.monotonic() > deadline:
+                os.close(fd)
+                raise InUse(
+                    f"{self.home} is in use by process {holder or '?'}: if that is the daemon, go through it "
+                    "(unionfs -H unix:///run/unionfs.sock ...)"
+                ) from None
+            time.sleep(0.05)
         os.ftruncate(fd, 0)
         os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         return fd

@@ -157,7 +157,6 @@ class LayerStore(Upkeep):
                     self.backend.inherit_root(path, self._path(base))
                 if flatten := self.backend.flatten(self._chain(row)):
                     self._servers.run(flatten)
-                self.backend.freeze(path)
                 if self.sync:
                     self._sync()
             except OSError as error:
@@ -186,6 +185,7 @@ class LayerStore(Upkeep):
                 if "FOREIGN KEY" in str(error):
                     raise NotFound(f"no layer {parent} in {self.home}: it was just removed") from None
                 raise Exists(f"layer {new_id} exists") from None
+            self.backend.freeze(path)  # not before: a kill in between would leave an active layer that is frozen
             return self.layer(new_id)
 
     def _new_parent(self, row: sqlite3.Row, parent: str) -> sqlite3.Row | None:

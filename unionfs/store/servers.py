@@ -23,7 +23,9 @@ _MAX_REQUEST = 1 << 20
 
 
 class Servers:
-    def __init__(self) -> None:
+    def __init__(self, held: int) -> None:
+        """`held`: a descriptor that the zygote holds too, until all that it was asked for is done."""
+        self._held = held
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -60,10 +62,10 @@ class Servers:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_REQUEST)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", ZYGOTE, str(theirs.fileno())],
+                [sys.executable, "-m", ZYGOTE, str(theirs.fileno()), str(self._held)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[theirs.fileno(), self._held],
                 cwd="/",
             )
         self._socket = ours

@@ -7,7 +7,7 @@ import os
 import sqlite3
 
 from unionfs.store import servers
-from unionfs.store.backends import DIFF, MERGED, WORK, filesystem_magic
+from unionfs.store.backends import DIFF, MERGED, filesystem_magic
 from unionfs.store.base import IMAGE_LAYER, UNPACKING
 from unionfs.store.content import Content
 
@@ -47,6 +47,8 @@ class Upkeep(Content):
                 gone.append(f"layer {row['id']}: its unpacking was interrupted")
         with self.images_lock:
             gone += self._drop_unnamed()
+        for row in self.db.rows("SELECT * FROM layers WHERE kind = 'committed'"):  # what a kill kept commit from
+            self.backend.freeze(self._path(row))
         making = set(self._making)  # before the database is asked: a name leaves it after its row is there
         named = {row["directory"] for row in self.db.rows("SELECT directory FROM layers")}
         there = servers.mountpoints(self._layers)
@@ -89,7 +91,7 @@ class Upkeep(Content):
             path = self._path(row)
             expected = [DIFF] if row["kind"] != "view" or self.backend.whole else []
             if not self.backend.whole:
-                expected += [MERGED] if row["kind"] != "active" else [MERGED, WORK]
+                expected.append(MERGED)
             missing = [name for name in expected if not os.path.isdir(os.path.join(path, name))]
             if DIFF in missing:
                 found.append(f"layer {row['id']}: its content {path}/{DIFF} is gone")
@@ -98,7 +100,7 @@ class Upkeep(Content):
                 found.append(f"layer {row['id']}: {', '.join(missing)} missing in {path}")
                 if repair:
                     for name in missing:
-                        os.makedirs(os.path.join(path, name), 0o700 if name == WORK else 0o755)
+                        os.makedirs(os.path.join(path, name), 0o755)
         garbage = set(os.listdir(self._layers)) - named - self._making
         found += [f"{self._layers}/{name}: belongs to no layer (cleanup removes it)" for name in sorted(garbage)]
         if repair:

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, settings
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.mounts import wait_for
 
 from aufs.harness import Aufs, View, look, merge
 from unionfs.errors import MountError
@@ -37,6 +39,7 @@ TREES = {
     "y": {"a/b": "y a/b", "d": "y d", "e/a": "y e/a"},
 }
 MODES = ("ro", "ro+wh", "rw", "rr")
+OUTSIDE = ("write", "replace", "unlink", "mkdir", "rmdir", "whiteout", "opaque", "move")
 POLICIES = ("tdp", "rr", "mfs", "pmfs", "tdmfs:1k", "pmfsrr:1k:5", "mfsrr:1k")
 
 
@@ -50,12 +53,15 @@ class Union(RuleBasedStateMachine):
         self.open: dict[str, tuple[int, bytes]] = {}
 
     @initialize(create=st.sampled_from(POLICIES), cpup=st.sampled_from(("tdp", "bup", "bu")),
-                wh=st.sampled_from(("ro", "ro+wh")), data=st.sampled_from(("noopen", "cached")))  # fmt: skip
-    def begin(self, create: str, cpup: str, wh: str, data: str) -> None:
+                wh=st.sampled_from(("ro", "ro+wh")), udba=st.sampled_from(("none", "none", "reval", "notify")),
+                how=st.sampled_from((("direct", "noopen"), ("direct", "cached"), ("pyfuse3", "cached"))))  # fmt: skip
+    def begin(self, create: str, cpup: str, wh: str, udba: str, how: tuple[str, str]) -> None:
         for name, tree in TREES.items():
             self.union.branch_dir(name, tree)
         self.branches = [["rw0", "rw"], ["rw1", "rw"], ["ro", wh]]
-        self.options = f"create={create},cpup={cpup},data={data}"
+        self.union.session = how[0]
+        self.udba = udba
+        self.options = f"create={create},cpup={cpup},udba={udba},data={how[1]}"
         self.mount()
 
     def mount(self) -> None:
@@ -160,6 +166,39 @@ class Union(RuleBasedStateMachine):
             for name in [name for name in self.view if name == old or name.startswith(old + "/")]:
                 self.view[new + name[len(old) :]] = self.view.pop(name)
 
+    # --- by others, in the branches ---
+
+    @precondition(lambda self: self.udba != "none")
+    @rule(path=PATHS, kind=st.sampled_from(OUTSIDE), data=st.data())
+    def outside(self, path: str, kind: str, data: st.DataObject) -> None:
+        top = self.base / data.draw(st.sampled_from(self.branches))[0]
+        at = top / path
+        time.sleep(0.005)  # a clock tick: what is written now has another mtime
+        try:
+            if kind == "write":
+                at.write_bytes(b"from outside")
+            elif kind == "replace":
+                (self.base / "new").write_bytes(b"another, from outside")
+                os.rename(self.base / "new", at)
+            elif kind == "unlink":
+                at.unlink()
+            elif kind == "mkdir":
+                at.mkdir()
+            elif kind == "rmdir":
+                at.rmdir()
+            elif kind == "move":
+                os.rename(at, top / data.draw(PATHS))
+            else:
+                (at / ".wh..wh..opq" if kind == "opaque" else at.parent / f".wh.{at.name}").touch()
+        except OSError:
+            pass  # not as the branch is
+        wanted = self.merged_on_disk()
+        gone = [name for name, content in self.view.items() if wanted.get(name, b"") != content]
+        for name in gone:
+            if name in self.open:  # taken away while open: its bytes may be gone with it
+                os.close(self.open.pop(name)[0])
+        self.view = wanted
+
     # --- open files ---
 
     @rule(path=PATHS)
@@ -217,6 +256,8 @@ class Union(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         if self.union.process is not None:
+            if self.udba == "notify":
+                wait_for(lambda: look_calmly(self.union.merged) == self.view, "the events to be taken", 10)
             seen = look(self.union.merged)
             assert seen == self.view, "the mount and the model"
             assert seen == self.merged_on_disk(), "the mount and the branches on disk"
@@ -235,6 +276,14 @@ class Union(RuleBasedStateMachine):
         finally:
             self.union.discard()
             shutil.rmtree(self.base, ignore_errors=True)
+
+
+def look_calmly(top: Path) -> View | None:
+    """None: what the kernel had listed is gone when it is opened."""
+    try:
+        return look(top)
+    except OSError:
+        return None
 
 
 def test_random_histories() -> None:

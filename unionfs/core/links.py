@@ -48,7 +48,9 @@ def _link(
         return
     entry = node.ldir, node.more.index
     try:
-        core._ensure_alias(p, name, node, node.ldir.layer)
+        into = core._ensure_alias(p, name, node, node.ldir.layer)
+        if into.impure is not True:
+            core.driver.mark_impure(into)  # the inode says which number it shows
     except OSError as e:
         failed.add(entry)
         print(f"unionfs: hard link {name!r} stays a pseudo-link: {e.strerror}", file=sys.stderr)

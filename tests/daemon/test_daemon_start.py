@@ -310,6 +310,23 @@ def test_ctrl_c_in_a_terminal_leaves_the_mounts(daemon: Daemon) -> None:
     assert (tree / "f").read_bytes() == b"x"
 
 
+def test_fsck_without_a_daemon(daemon: Daemon) -> None:
+    daemon.start()
+    daemon.layer("base", {"f": b"x"})
+    busy = unionfs("daemon", "--fsck", "--data-root", daemon.root, check=False)
+    assert (busy.returncode, busy.stdout) == (EXIT_BUSY, "")
+    daemon.stop()
+    assert unionfs("daemon", "--fsck", "--data-root", daemon.root).stdout == f"{daemon.root}: clean\n"
+    (daemon.root / "overlay/layers/garbage").mkdir()
+    found = unionfs("daemon", "--fsck", "--data-root", daemon.root, check=False)
+    assert found.returncode == 1
+    assert "garbage: belongs to no layer" in found.stdout
+    assert found.stdout.endswith(f"{daemon.root}: 1 findings\n")
+    unionfs("daemon", "--fsck", "--repair", "--data-root", daemon.root, check=False)
+    assert unionfs("daemon", "--fsck", "--data-root", daemon.root).returncode == 0
+    assert "--repair goes with --fsck" in unionfs("daemon", "--repair", check=False).stderr
+
+
 def test_file_settings_are_read_as_flags(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text('tlsverify = false\nstorage-opt = "size=1g"\ndata-root = "/srv/x"\n')

@@ -32,6 +32,10 @@ class Listener:
         self._path = path  # to unlink; "" if it isn't ours
         self._inode = os.stat(path).st_ino if path else 0
 
+    def descriptor(self) -> str:
+        """For hypercorn, which closes what it is given: one of its own."""
+        return f"fd://{os.dup(self.socket.fileno())}"
+
     @property
     def open_to_network(self) -> bool:
         return self.socket.family != socket.AF_UNIX and not self.secure
@@ -69,26 +73,28 @@ def open_listeners(hosts: tuple[str, ...], group: str, tls: bool) -> list[Listen
 def _open(host: str, group: str, tls: bool) -> list[Listener]:
     scheme, separator, rest = host.partition("://")
     if separator and scheme == "unix":
-        return [open_unix(rest, group)]
+        return [open_unix(rest, group, f"-H {host}")]
     if separator and scheme == "tcp":
         return [_open_tcp(host, rest, tls)]
     if separator and scheme == "fd":
         return _inherited(host, rest, tls)
-    raise _problem(host, "must be unix:///PATH, tcp://IP:PORT or fd://", EXIT_USAGE)
+    raise _problem(f"-H {host}", "must be unix:///PATH, tcp://IP:PORT or fd://", EXIT_USAGE)
 
 
-def open_unix(path: str, group: str = "") -> Listener:
-    """A socket of mode 660 for a group (by default unionfs, or root alone where there is no such group)."""
-    host = f"unix://{path}"
+def open_unix(path: str, group: str, option: str) -> Listener:
+    """A socket of mode 660 for a group ("": unionfs, or root alone where there is no such group). `option` is what
+    messages blame."""
     if not path.startswith("/"):
-        raise _problem(host, "the path must be absolute: unix:///run/unionfs.sock", EXIT_USAGE)
+        raise _problem(option, "the path must be absolute: unix:///run/unionfs.sock", EXIT_USAGE)
     if len(os.fsencode(path)) > _LONGEST:
-        raise _problem(host, f"the path is longer than the {_LONGEST} bytes that a socket's name may have", EXIT_USAGE)
+        raise _problem(
+            option, f"the path is longer than the {_LONGEST} bytes that a socket's name may have", EXIT_USAGE
+        )
     gid, note = _group(group)
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        _clear_away(host, path)
+        _clear_away(option, path)
         old = os.umask(0o777)  # nobody may connect before the group is right
         try:
             bound.bind(path)
@@ -99,11 +105,11 @@ def open_unix(path: str, group: str = "") -> Listener:
         bound.listen(BACKLOG)
     except OSError as error:
         bound.close()
-        raise _problem(host, error.strerror or str(error)) from None
+        raise _problem(option, error.strerror or str(error)) from None
     except MountError:
         bound.close()
         raise
-    return Listener(bound, host, False, path, note)
+    return Listener(bound, f"unix://{path}", False, path, note)
 
 
 def _group(name: str) -> tuple[int, str]:
@@ -118,11 +124,11 @@ def _group(name: str) -> tuple[int, str]:
         return 0, f"there is no group {GROUP}: only root may connect (groupadd --system {GROUP}, then start again)"
 
 
-def _clear_away(host: str, path: str) -> None:
+def _clear_away(option: str, path: str) -> None:
     """Removes a socket that a killed daemon left; a living one, or anything else, stays and is an error."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise _problem(host, "something that is not a socket is there: move it away or choose another path")
+            raise _problem(option, "something that is not a socket is there: move it away or choose another path")
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -133,8 +139,8 @@ def _clear_away(host: str, path: str) -> None:
             os.unlink(path)
             return
         except OSError as error:
-            raise _problem(host, f"in use, by whom can't be told ({error})", EXIT_BUSY) from None
-    raise _problem(host, "another process listens there: stop it or choose another path", EXIT_BUSY)
+            raise _problem(option, f"in use, by whom can't be told ({error})", EXIT_BUSY) from None
+    raise _problem(option, "another process listens there: stop it or choose another path", EXIT_BUSY)
 
 
 def split_tcp(rest: str, default_port: int) -> tuple[str, int]:
@@ -157,12 +163,12 @@ def _open_tcp(host: str, rest: str, tls: bool) -> Listener:
     try:
         name, port = split_tcp(rest, TLS_PORT if tls else PORT)
     except ValueError as error:
-        raise _problem(host, str(error), EXIT_USAGE) from None
+        raise _problem(f"-H {host}", str(error), EXIT_USAGE) from None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise _problem(host, error.strerror or str(error)) from None
+        raise _problem(f"-H {host}", error.strerror or str(error)) from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -171,7 +177,7 @@ def _open_tcp(host: str, rest: str, tls: bool) -> Listener:
     except OSError as error:
         bound.close()
         busy = error.errno == errno.EADDRINUSE
-        raise _problem(host, error.strerror or str(error), EXIT_BUSY if busy else EXIT_FAILURE) from None
+        raise _problem(f"-H {host}", error.strerror or str(error), EXIT_BUSY if busy else EXIT_FAILURE) from None
     return Listener(bound, _tcp_label(bound), tls)
 
 
@@ -184,7 +190,9 @@ def _inherited(host: str, name: str, tls: bool) -> list[Listener]:
     """systemd's sockets: all, or those with a FileDescriptorName."""
     count = int(os.environ.get("LISTEN_FDS") or 0) if os.environ.get("LISTEN_PID") == str(os.getpid()) else 0
     if not count:
-        raise _problem(host, "systemd handed over no socket: start it with unionfs.socket, or use -H unix:///PATH")
+        raise _problem(
+            f"-H {host}", "systemd handed over no socket: start it with unionfs.socket, or use -H unix:///PATH"
+        )
     names = os.environ.get("LISTEN_FDNAMES", "").split(":")
     found = []
     for index in range(count):
@@ -197,9 +205,9 @@ def _inherited(host: str, name: str, tls: bool) -> list[Listener]:
         else:
             found.append(Listener(bound, f"fd://{FIRST_FD + index} ({_tcp_label(bound)})", tls))
     if not found:
-        raise _problem(host, f"systemd handed over {', '.join(names)}, not {name}")
+        raise _problem(f"-H {host}", f"systemd handed over {', '.join(names)}, not {name}")
     return found
 
 
-def _problem(host: str, reason: str, code: int = EXIT_FAILURE) -> MountError:
-    return MountError(f"daemon: -H {host}: {reason}", code)
+def _problem(option: str, reason: str, code: int = EXIT_FAILURE) -> MountError:
+    return MountError(f"daemon: {option}: {reason}", code)

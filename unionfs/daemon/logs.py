@@ -75,4 +75,4 @@ def start(level: str, driver: str, path: str) -> None:
         where = path if driver == "json-file" else JOURNAL
         raise MountError(f"daemon: --log-driver {driver}: {where}: {error.strerror}") from None
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    LOG.setLevel(level.upper())
+    logging.getLogger("unionfs").setLevel(level.upper())

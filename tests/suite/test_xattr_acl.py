@@ -229,6 +229,57 @@ def test_capabilities_dropped_by_write(make_union: Maker) -> None:
     assert os.getxattr(u / "w", "security.capability") == cap
 
 
+@pytest.mark.every_data_mode
+@pytest.mark.needs("suid_clearing")
+def test_bits_that_come_while_a_writer_has_the_file_open(make_union: Maker) -> None:
+    """A descriptor that wrote before the file became setuid, or got capabilities, clears them with its next write."""
+    u = make_union([{}], {name: F("x" * 10, 0o777, USER, GROUP) for name in ("suid", "sgid", "cap", "alloc")})
+    cap = capability(1 << 10)
+
+    def give(name: str) -> None:
+        if name == "cap":
+            os.setxattr(u / name, "security.capability", cap)
+        else:
+            os.chmod(u / name, 0o2777 if name == "sgid" else 0o4777)
+
+    for name in ("suid", "sgid", "cap", "alloc"):
+        go, done = os.pipe(), os.pipe()
+
+        def writer(name: str = name, go: tuple[int, int] = go, done: tuple[int, int] = done) -> None:
+            fd = os.open(u / name, os.O_WRONLY)
+            for _ in range(3):
+                os.write(fd, b"y")
+            os.write(done[1], b".")
+            os.read(go[0], 1)
+            if name == "alloc":
+                os.posix_fallocate(fd, 0, 4096)
+            else:
+                os.write(fd, b"z")
+
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.setgroups([])
+                os.setresgid(GROUP + 1, GROUP + 1, GROUP + 1)
+                os.setresuid(USER + 1, USER + 1, USER + 1)
+                writer()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        os.read(done[0], 1)
+        give(name)
+        os.write(go[1], b".")
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, name
+        for fd in (*go, *done):
+            os.close(fd)
+        for _ in range(2):
+            if name == "cap":
+                assert errno_of(os.getxattr, u / name, "security.capability") == 61
+            else:
+                assert (u / name).stat().st_mode & 0o7777 == 0o777, name
+            u.drop_caches()
+
+
 def test_chmod_clears_setgid_for_others(make_union: Maker) -> None:
     u = make_union([{"f": F("x", 0o644, USER, 777)}])
     child(os.chmod, u / "f", 0o2755, **MINE)

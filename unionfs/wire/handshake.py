@@ -131,8 +131,6 @@ def negotiate(
                 EXIT_PERMISSION,
             )
         wanted |= abi.INIT_FLAGS["PASSTHROUGH"]
-        # writes go past us, and to the backing file as root: the kernel has to clear set-id bits by itself
-        wanted &= ~abi.INIT_FLAGS["HANDLE_KILLPRIV_V2"]
     elif data not in DATA_MODES:
         raise MountError(f"data={data}: not one of auto, {', '.join(DATA_MODES)}", EXIT_USAGE)
     if careful:

@@ -43,6 +43,18 @@ def boot_hash() -> int:
         return 0
 
 
+def version_of(dirfd: int, name: str) -> int:
+    """What a map's header says, if it is one that can be believed; else ours: its own reader will say what is wrong."""
+    fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=dirfd)
+    try:
+        raw = os.read(fd, HEADER.size)
+    finally:
+        os.close(fd)
+    if len(raw) < HEADER.size or raw[:8] != MAGIC or crc32(raw[:-4]) != int.from_bytes(raw[-4:], "little"):
+        return VERSION
+    return int(HEADER.unpack(raw)[1])
+
+
 class Base:
     """What the map was made over: a file that must not have changed since."""
 

@@ -96,25 +96,55 @@ def _check_map(maps: bytes, path: bytes, ident: str, size: int, repair: bool) ->
         os.close(dirfd)
 
 
-def describe(upper: bytes, path: bytes) -> list[str]:
-    """The block map of one file of an upper, drawn as lines."""
+def upper_of(path: bytes) -> bytes | None:
+    """The upper that a path lies in: the nearest directory above it with block maps."""
+    here = os.path.dirname(path)
+    while True:
+        if os.path.isdir(os.path.join(here, STORE, b"maps")):
+            return here
+        above = os.path.dirname(here)
+        if above == here:
+            return None
+        here = above
+
+
+def draw(upper: bytes, path: bytes) -> list[str]:
+    """The block map of one file of an upper as lines: a picture of the whole, then its runs. MapError."""
     ident = ident_of(path)
     if ident is None:
         return ["plain: no block map"]
     dirfd = os.open(os.path.join(upper, STORE, b"maps"), os.O_RDONLY | os.O_DIRECTORY)
     try:
-        found = BlockMap.load(dirfd, ident, False)
+        found = BlockMap.load(dirfd, ident, False, (4096, Base(0, 0, 0)))
+    except FileNotFoundError:
+        raise MapError("is missing") from None
     finally:
         os.close(dirfd)
     try:
         size = os.lstat(path).st_size
         blocks = -(-size // found.blocksize)
-        words = {DATA: "redirected", HOLE: "hole", 0: "base"}
-        lines = [
-            f"map {ident}, block size {found.blocksize}, {found.records} records, size {size}",
+        runs = found.extents.runs(0, blocks)
+        totals = {kind: sum(end - first for first, end, k in runs if k == kind) for kind in (DATA, HOLE, 0)}
+        return [
+            f"map {ident}, block size {found.blocksize}, {found.records} records, size {size}, {blocks} blocks",
             f"base: size {found.base.size}, inode {found.base.ino}, valid up to byte {found.limit}",
+            f"redirected {totals[DATA]}, holes {totals[HOLE]}, base {totals[0]}",
+            f"[{_picture(found, blocks)}]  # redirected  + in part  o hole  . base",
+            *(f"{first:>10} .. {end - 1:<10} {_WORDS[kind]}" for first, end, kind in runs),
         ]
-        lines += [f"{first:>10} .. {end - 1:<10} {words[kind]}" for first, end, kind in found.extents.runs(0, blocks)]
-        return lines
     finally:
         found.close()
+
+
+_WORDS = {DATA: "redirected", HOLE: "hole", 0: "base"}
+WIDTH = 64  # columns of a picture
+
+
+def _picture(found: BlockMap, blocks: int) -> str:
+    out = ""
+    columns = min(WIDTH, blocks)
+    for column in range(columns):
+        first, end = column * blocks // columns, (column + 1) * blocks // columns
+        kinds = {kind for _, _, kind in found.extents.runs(first, end)}
+        out += {DATA: "#", HOLE: "o", 0: "."}[kinds.pop()] if len(kinds) == 1 else "+" if DATA in kinds else "o"
+    return out

@@ -20,7 +20,7 @@ from unionfs.core.layers import LDir
 from unionfs.errors import EXIT_FORMAT, EXIT_USAGE, MountError
 
 from ..overlay import OverlayDriver
-from .blockmap import COMPACT_AT, DATA, HOLE, Base, BlockMap, MapError
+from .blockmap import COMPACT_AT, DATA, HOLE, VERSION, Base, BlockMap, MapError, version_of
 from .file import RowFile
 
 TYPE_CHECKING = False
@@ -61,9 +61,27 @@ class RowDriver(OverlayDriver):
         self._opening = threading.Lock()
         self.redirected_files = 0
         self._maps: LDir | None = None
+        self._check_version()
         if not self.metacopy and not self.read_only:
             raise MountError(
                 "driver row needs xattrs on upper, and redirect_dir and metacopy on: use --driver overlay here",
+                EXIT_FORMAT,
+            )
+
+    def _check_version(self) -> None:
+        """One program writes one version: the first map tells."""
+        maps = self._store(False)
+        if maps is None:
+            return
+        name = next(iter(os.listdir(maps.open().n)), None)
+        if name is None:
+            return
+        found = version_of(maps.open().n, name)
+        if found != VERSION:
+            upper = os.fsdecode(self.layers[0].path)
+            raise MountError(
+                f"{upper}: block maps of format version {found}, this program knows {VERSION}: "
+                f"mount it with the unionfs that wrote it, or make it plain with that one's `unionfs row flatten`",
                 EXIT_FORMAT,
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,12 @@ class Row:
 
     def fsck(self, *options: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run([UNIONFS, "fsck", *options, self.upper], capture_output=True, text=True, timeout=60)
+
+    def kill_server(self) -> None:
+        """SIGKILL; the dead mount goes. Not before the server has gone too: it holds the upper's lock."""
+        pid = self.pid()
+        os.kill(pid, signal.SIGKILL)
+        subprocess.run(["umount", "-l", self.merged], check=True)
 
     def pid(self) -> int:
         out = subprocess.run([UNIONFS, "list", "--json"], capture_output=True, text=True, check=True, timeout=60).stdout

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -68,10 +68,12 @@ def test_copied_upper_reads_the_same(row: Row) -> None:
     model[8192:16384] = bytes(8192)
     model[100_000:105_000] = b"q" * 5000
     row.umount()
-    for tool in ("cp", "tar"):
+    for tool in ("cp", "rsync", "tar"):
         copy = row.where / tool
         if tool == "cp":
             subprocess.run(["cp", "-a", "--sparse=always", row.upper, copy], check=True)
+        elif tool == "rsync":
+            subprocess.run(["rsync", "-aSX", "--super", f"{row.upper}/", copy], check=True)
         else:
             copy.mkdir()
             tar = ["tar", "-S", "--xattrs", "--xattrs-include=*"]
@@ -110,8 +112,7 @@ def test_killed_server_loses_nothing(row: Row) -> None:
         offset = i * 23_456 % (MIB - 100)
         poke(row.merged / "f", offset, bytes([i]) * 100)
         model[offset : offset + 100] = bytes([i]) * 100
-    os.kill(row.pid(), signal.SIGKILL)
-    subprocess.run(["umount", "-l", row.merged], check=True)
+    row.kill_server()
     row.mount()
     assert (row.merged / "f").read_bytes() == model
     row.umount()
@@ -249,3 +250,71 @@ def test_flatten_makes_a_plain_upper(row: Row) -> None:
         assert (row.merged / "h").read_bytes() == model
     finally:
         subprocess.run(["umount", row.merged], check=True)
+
+
+def run(*argv: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([UNIONFS, *argv], capture_output=True, text=True, timeout=60)
+
+
+def test_inspect_draws_the_map(row: Row) -> None:
+    (row.lower / "f").write_bytes(content(MIB))
+    (row.lower / "meta").write_bytes(content(MIB))
+    row.mount()
+    poke(row.merged / "f", 5 * 4096 + 1, b"x" * 5000)
+    subprocess.run(["fallocate", "-p", "-o", str(16 * 4096), "-l", str(16 * 4096), row.merged / "f"], check=True)
+    os.chmod(row.merged / "meta", 0o600)
+    for _ in range(2):  # mounted, and not
+        done = run("row", "inspect", row.upper / "f")
+        assert done.returncode == 0, done.stderr
+        lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+        assert "redirected 2, holes 16, base 238" in lines
+        assert lines[3].startswith("[.+..oooo..........")
+        assert lines[4:] == ["0 .. 4 base", "5 .. 6 redirected", "7 .. 15 base", "16 .. 31 hole", "32 .. 255 base"]
+        assert run("row", "inspect", row.upper / "meta").stdout == "plain: no block map\n"
+        if os.path.ismount(row.merged):
+            assert "in the merged view" in run("row", "inspect", row.merged / "f").stderr
+            row.umount()
+    for path, word in ((row.upper / "none", "none"), (row.upper, "regular"), (row.lower / "f", "not in an upper")):
+        done = run("row", "inspect", path)
+        assert done.returncode != 0 and word in done.stderr and done.stderr.count("\n") == 1
+    ident = os.getxattr(row.upper / "f", "trusted.overlay.unionfs.row").decode()
+    poke(row.upper / ".wh..wh.row/maps" / ident, 20, b"\xff")
+    done = run("row", "inspect", row.upper / "f")
+    assert done.returncode == 8 and "fsck" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_another_format_version_is_refused(row: Row) -> None:
+    (row.lower / "f").write_bytes(content(MIB))
+    row.mount()
+    poke(row.merged / "f", 0, b"1")
+    row.umount()
+    path = next((row.upper / ".wh..wh.row/maps").iterdir())
+    raw = bytearray(path.read_bytes())
+    raw[8] = 2
+    raw[56:60] = zlib.crc32(raw[:56]).to_bytes(4, "little")
+    path.write_bytes(raw)
+    done = row.try_mount()
+    assert done.returncode == 8 and "format version 2" in done.stderr and "flatten" in done.stderr
+    assert not os.path.ismount(row.merged)
+    assert "format version 2" in row.fsck().stderr
+
+
+def test_another_block_size_is_kept_apart(row: Row) -> None:
+    """Each map has its own block size: what is mounted with another one reads and writes on in the old one."""
+    models = {}
+    for name in ("old", "new"):
+        models[name] = content(MIB)
+        (row.lower / name).write_bytes(models[name])
+    row.mount("-o", "blocksize=16k")
+    poke(row.merged / "old", 20_000, b"16k")
+    models["old"][20_000:20_003] = b"16k"
+    row.remount("-o", "blocksize=128k")
+    for name in ("old", "new"):
+        poke(row.merged / name, 200_001, b"128k")
+        models[name][200_001:200_005] = b"128k"
+    row.remount()
+    for name, model in models.items():
+        assert (row.merged / name).read_bytes() == model
+    row.umount()
+    assert "block size 16384" in run("row", "inspect", row.upper / "old").stdout
+    assert "block size 131072" in run("row", "inspect", row.upper / "new").stdout

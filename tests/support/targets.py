@@ -48,7 +48,7 @@ DRIVERS: dict[str, dict[str, str]] = {
 # What runs unless the command line asks for something else; tests marked every_data_mode run DATA_MATRIX too.
 MATRIX = [
     Target("overlay", "direct", "noopen"), Target("overlay", "pyfuse3"), Target("aufs", "direct", "noopen"),
-    Target("aufs", "pyfuse3"), Target("row", "direct", "noopen"),
+    Target("aufs", "pyfuse3"), Target("row", "direct", "noopen"), Target("row", "pyfuse3"),
 ]  # fmt: skip
 DATA_MATRIX = [Target("overlay", "direct", "cached"), Target("overlay", "direct", "passthrough")]
 

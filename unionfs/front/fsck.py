@@ -1,4 +1,4 @@
-"""`unionfs fsck` and `unionfs row inspect`: block maps of an unmounted row upper."""
+"""`unionfs fsck`: the block maps of an unmounted row upper."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ COMMAND = Command(
     "--repair; 8: a file can't be read as it was.",
     [
         Option("-r --repair", "repair what needs no guessing: torn ends of maps, maps that belong to no file"),
-        Option("-i --inspect", "draw the block map of one file, named after the upper, instead", "PATH"),
     ],
     "UPPER",
     1,
@@ -32,10 +31,6 @@ def run(parsed: Parsed) -> int:
     upper = os.fsencode(os.path.abspath(parsed.arguments[0]))
     if not os.path.isdir(upper):
         raise MountError(f"{show(upper)}: not a directory; name the upper of a row mount", EXIT_LAYER)
-    if "inspect" in parsed:
-        for line in check.describe(upper, os.path.join(upper, os.fsencode(parsed.get("inspect")).lstrip(b"/"))):
-            print(line)
-        return EXIT_OK
     findings = check.check(upper, "repair" in parsed)
     for finding in findings:
         state = "repaired" if finding.repaired else "LOST" if finding.fatal else "found"

@@ -148,9 +148,9 @@ def containerd(root: str, driver: str, options: Mapping[str, str], path: str) ->
         number = signal.sigwait(signals)
         log.info("%s: stopping; mounts are left serving", signal.Signals(number).name)
         server.stop(10).wait()
+        _unlink(path)
     finally:
         store.close()
-        _unlink(path)
 
 
 def _unlink(path: str) -> None:

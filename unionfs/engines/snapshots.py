@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from unionfs.engines.filters import parse_any
-from unionfs.store.api import Exists, InUse, Invalid, Kind, Layer, NotFound, Precondition, Store, Unsupported, Usage
+from unionfs.store.api import Exists, InUse, Invalid, Kind, Layer, NotFound, Precondition, Store, Usage
 
 NAME = "unionfs.containerd.name"  # labels of ours, which containerd does not see
 PARENT = "unionfs.containerd.parent"
@@ -96,13 +96,16 @@ class Snapshots:
             raise Precondition(f"snapshot {key!r} is {_called(layer)}: only an active one can be committed")
         if self.store.exists(_id(name)):
             raise Exists(f"snapshot {name!r} exists")
-        own = layer.labels[PARENT]
-        if parent and parent != own:
-            raise Unsupported(f"snapshot {key!r} stands on {own!r}: it can't be put on {parent!r}")
+        own = layer.labels.get(PARENT, "")
+        if own and parent not in ("", own):
+            raise Precondition(f"snapshot {key!r} stands on {own!r}: it can't be put on {parent!r}")
+        rebased = self._parent_id(parent, "active") if parent and not own else ""
         with self._lock(layer.id):
             self.store.release(layer.id)
             try:
-                self.store.commit(layer.id, _id(name), labels={**labels, NAME: name, PARENT: own})
+                self.store.commit(
+                    layer.id, _id(name), labels={**labels, NAME: name, PARENT: own or parent}, parent=rebased
+                )
             except Exists:
                 raise Exists(f"snapshot {name!r} exists") from None
 
@@ -130,7 +133,7 @@ class Snapshots:
                 changed[label] = labels.get(label, "")
             else:
                 raise Invalid(f"snapshot {name!r}: field {path!r} can't be changed: labels can")
-        own = {NAME: name, PARENT: layer.labels[PARENT]}
+        own = {NAME: name, PARENT: layer.labels.get(PARENT, "")}
         return _info(self.store.set_labels(layer.id, {**changed, **own}, replace=True))
 
     def list(self, filters: list[str]) -> list[Info]:

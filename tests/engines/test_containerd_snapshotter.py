@@ -206,6 +206,7 @@ def test_import_run_commit_remove(containerd: Containerd) -> None:
     with tarfile.open(archive) as tar:
         assert "mine" in [member.name.strip("/") for member in tar]
 
+    containerd.snapshots("label", "first", "containerd.io/gc.root=1")  # or it goes with the container
     containerd("containers", "delete", "--keep-snapshot", "first")
     containerd.snapshots("commit", "frozen", "first")
     assert containerd.kinds()["frozen"] == (top, "Committed")

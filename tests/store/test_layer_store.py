@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.store import servers
+from unionfs.store import mounting, servers
 from unionfs.store.api import (
     Change,
     Exists,
@@ -246,6 +246,23 @@ def test_busy_mount_is_let_go(open_layers: Opener) -> None:
         stream.write("still there")
     store.remove("a")
     assert store.layers() == [] and store.fsck() == []
+
+
+def test_commit_waits_for_a_server_that_still_writes(open_layers: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mounting, "_SERVER_WAIT", 0.2)
+    store = open_layers("overlay")
+    store.create("a")
+    path = store.get("a")
+    stream = open(path + "/f", "w")
+    store.put("a")  # let go lazily: the server is there as long as the file is open
+    with pytest.raises(InUse, match="still at work"):
+        store.commit("a", "b")
+    assert store.layer("a").kind == "active"
+    stream.write("the end")
+    stream.close()
+    monkeypatch.setattr(mounting, "_SERVER_WAIT", 60)
+    store.commit("a", "b")
+    assert Path(store.branches("b")[0][0], "f").read_text() == "the end"
 
 
 def test_many_threads(open_layers: Opener) -> None:

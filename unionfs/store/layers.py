@@ -151,6 +151,7 @@ class LayerStore(Upkeep):
                 raise Exists(f"layer {new_id} exists")
             path = self._path(row)
             self._refuse_mounted(row, "commit")
+            self.wait_for_server(row)
             base = self._new_parent(row, parent) if parent else None
             try:
                 if base is not None and not json.loads(row["options"]).get(OWN_ROOT):

@@ -6,9 +6,11 @@ reference without a mount, which `_forget_lost_mounts` takes back, never a mount
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Mapping
 
 from unionfs.store import servers
@@ -16,6 +18,7 @@ from unionfs.store.api import InUse, StoreError
 from unionfs.store.backends import DIFF, MERGED
 from unionfs.store.base import Base
 
+_SERVER_WAIT = 10.0  # seconds
 ID_MAPS = frozenset({"uidmapping", "gidmapping"})  # options of a layer that its mounts get as they are
 
 
@@ -99,6 +102,26 @@ class Mounting(Base):
         inside = DIFF if self.backend.whole else MERGED
         rows = self.db.rows("SELECT * FROM layers WHERE refs > 0 ORDER BY num")
         return {row["id"]: (os.path.join(self._path(row), inside), row["refs"]) for row in rows}
+
+    def wait_for_server(self, row: sqlite3.Row) -> None:
+        """A server that is unmounted still holds its upper's lock while it writes, or while a mount namespace that we
+        can't see has the mount: what is there then is not all there is. InUse if that takes long."""
+        if self.backend.whole:
+            return
+        fd = os.open(os.path.join(self._path(row), DIFF), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        deadline = time.monotonic() + _SERVER_WAIT
+        try:
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                except OSError:
+                    if time.monotonic() > deadline:
+                        text = f"layer {row['id']}: a server of it is still at work: is it mounted elsewhere?"
+                        raise InUse(text) from None
+                time.sleep(0.02)
+        finally:
+            os.close(fd)
 
     def branches(self, id: str) -> tuple[list[str], str, str]:
         row = self._row(id)

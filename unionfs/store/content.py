@@ -57,7 +57,7 @@ class Content(Mounting):
 
     @staticmethod
     def _flush(path: str) -> None:
-        """What the mount's server still keeps to itself (row's block maps) has to be on disk to be read beside it."""
+        """What the kernel still keeps for the mount (-o writeback=1) has to be on disk to be read beside it."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:

@@ -25,15 +25,12 @@ class Packer(Protocol):
     def flush(self) -> bytes: ...
 
 
-class Digesting(io.RawIOBase):
-    """Passes bytes on, counts and digests them. `limit`: more of them are Invalid (a decompression bomb)."""
+class Pushback(io.RawIOBase):
+    """A stream of which something was read to look at it."""
 
-    def __init__(self, source: Readable, limit: int | None = None, head: bytes = b"") -> None:
+    def __init__(self, source: Readable, head: bytes = b"") -> None:
         self._source = source
         self._head = head
-        self._limit = limit
-        self._digest = hashlib.sha256()
-        self.count = 0
 
     def readable(self) -> bool:
         return True
@@ -43,19 +40,34 @@ class Digesting(io.RawIOBase):
             return b"".join(iter(lambda: self.read(_CHUNK), b""))
         if self._head:
             data, self._head = self._head[:size], self._head[size:]
-        else:
-            data = self._source.read(size)
-        self.count += len(data)
-        if self._limit is not None and self.count > self._limit:
-            raise Invalid(f"the archive is larger than {self._limit} bytes unpacked: raise the option apply.max_size")
-        self._digest.update(data)
-        return data
+            return data
+        return self._source.read(size)
 
     def readinto(self, buffer: Buffer, /) -> int:
         view = memoryview(buffer).cast("B")
         data = self.read(len(view))
         view[: len(data)] = data
         return len(data)
+
+
+class Digesting(Pushback):
+    """Passes bytes on and digests them. `limit`: more of them are Invalid (a decompression bomb)."""
+
+    def __init__(self, source: Readable, limit: int | None = None) -> None:
+        super().__init__(source)
+        self._limit = limit
+        self._digest = hashlib.sha256()
+        self._count = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = super().read(size)
+        if size < 0:
+            return data  # read by pieces, each through here
+        self._count += len(data)
+        if self._limit is not None and self._count > self._limit:
+            raise Invalid(f"the archive is larger than {self._limit} bytes unpacked: raise the option apply.max_size")
+        self._digest.update(data)
+        return data
 
     @property
     def digest(self) -> str:
@@ -71,7 +83,7 @@ def decompressed(stream: Readable) -> Readable:
     head = b""
     while len(head) < 4 and (more := stream.read(4 - len(head))):
         head += more
-    whole = Digesting(stream, head=head)
+    whole = Pushback(stream, head)
     if head.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=io.BufferedReader(whole, _CHUNK))
     if head == b"\x28\xb5\x2f\xfd":

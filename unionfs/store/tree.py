@@ -149,6 +149,7 @@ class UnionTree:
         self.ops = assemble.prepare(config)
         self._at: list[bytes] = []
         self._node = 1
+        self._last: tuple[bytes, tuple[int, Attr] | None] = (b"", None)  # stat, xattrs and data are asked in a row
 
     def _lookup(self, parent: int, name: bytes) -> tuple[int, Attr] | None:
         entry = self.ops.lookup(parent, name)
@@ -173,6 +174,8 @@ class UnionTree:
         return node
 
     def _find(self, path: bytes) -> tuple[int, Attr] | None:
+        if path == self._last[0] and path:
+            return self._last[1]
         parts, name = split(path)
         parent = self._directory(parts)
         if parent is None:
@@ -180,9 +183,11 @@ class UnionTree:
         if name == b".":
             return 1, self.ops.getattr(1)
         try:
-            return self._lookup(parent, name)
+            found = self._lookup(parent, name)
         except FileNotFoundError:
-            return None
+            found = None
+        self._last = path, found
+        return found
 
     def _id(self, path: bytes) -> int:
         found = self._find(path)

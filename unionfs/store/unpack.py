@@ -24,7 +24,7 @@ from typing import IO, NamedTuple
 from unionfs.store.api import Applied, Invalid, NoSpace, Readable, StoreError
 from unionfs.store.formats import OPAQUE, WH, Format
 from unionfs.store.removal import remove
-from unionfs.store.streams import Digesting, compression_errors, decompressed
+from unionfs.store.streams import Digesting, Pushback, compression_errors, decompressed
 from unionfs.store.tree import Stat, Tree, Walker
 
 log = logging.getLogger("unionfs.store")
@@ -125,7 +125,7 @@ class _Unpacking:
         first = stream.read(tarfile.BLOCKSIZE)
         if not first:
             return  # an empty layer
-        source = Digesting(stream, head=first)
+        source = Pushback(stream, first)
         count = 0
         with tarfile.open(
             fileobj=source,

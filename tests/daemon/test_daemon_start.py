@@ -18,6 +18,7 @@ from unionfs.daemon import choice
 from unionfs.daemon.config import read_config, read_file
 from unionfs.daemon.logs import LOG, Journal
 from unionfs.errors import EXIT_BUSY, EXIT_NO_FUSE, EXIT_USAGE, MountError
+from unionfs.front.cli import main
 
 
 def test_log_of_a_start_and_a_stop(daemon: Daemon) -> None:
@@ -209,12 +210,11 @@ def test_settings_from_file_and_environment(daemon: Daemon) -> None:
         ("= 1", "is not TOML"),
     ],
 )
-def test_bad_files(daemon: Daemon, content: str, said: str) -> None:
-    file = daemon.base / "daemon.toml"
+def test_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, said: str) -> None:
+    file = tmp_path / "daemon.toml"
     file.write_text(content)
-    code, message = daemon.refuses("--config-file", file, "--log-level", "debug")
-    assert code == EXIT_USAGE
-    assert said in message
+    assert main(["daemon", "--config-file", str(file), "--log-level", "debug"]) == EXIT_USAGE
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -224,22 +224,30 @@ def test_bad_files(daemon: Daemon, content: str, said: str) -> None:
         (["--tlsverify"], "--tlsverify needs --tlscacert and --tlscert and --tlskey too"),
         (["--tlscert", "x"], "--tlscert needs --tlsverify"),
         (["--storage-opt", "size"], "--storage-opt size: must be KEY=VALUE"),
-        (["--storage-opt", "unknown=1"], "storage option 'unknown'"),
         (["--storage-driver", "zfs"], "--storage-driver is one of"),
         (["--log-file", "/x"], "--log-file is for --log-driver json-file"),
         (["--log-level", "info", "--log-level", "debug"], "log-level is given 2 times on the command line: keep one"),
         (["--data-rot", "x"], "unknown option --data-rot, did you mean --data-root?"),
-        (["--data-root", "/dev/null/x"], "is given 2 times"),
+        (["--data-root", "x", "--data-root", "y"], "data-root is given 2 times"),
     ],
 )
-def test_bad_command_lines(daemon: Daemon, argv: list[str], said: str) -> None:
-    _, message = daemon.refuses(*argv)
-    assert said in message
+def test_bad_command_lines(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["daemon", *argv]) == EXIT_USAGE
+    assert said in capsys.readouterr().err
 
 
-def test_environment_and_flag_name_the_same(daemon: Daemon) -> None:
-    _, message = daemon.refuses("--log-level", "info", UNIONFS_OPTS="--log-level debug")
-    assert "log-level is set both on the command line and in UNIONFS_OPTS: keep one of them" in message
+def test_environment_and_flag_name_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UNIONFS_OPTS", "--log-level debug")
+    assert main(["daemon", "--log-level", "info"]) == EXIT_USAGE
+    said = capsys.readouterr().err
+    assert "log-level is set both on the command line and in UNIONFS_OPTS: keep one of them" in said
+
+
+def test_unknown_storage_option(daemon: Daemon) -> None:
+    _, message = daemon.refuses("--storage-opt", "unknown=1")
+    assert "storage option 'unknown'" in message
 
 
 def test_data_root_that_can_not_be(daemon: Daemon) -> None:

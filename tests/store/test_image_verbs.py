@@ -419,3 +419,30 @@ def test_wrong_platform_and_foreign_layers(open_layers: Opener, tmp_path: Path) 
     (tmp_path / "in/index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [listed]}))
     with pytest.raises(NotFound, match="no image for linux"):
         images.load(f"oci:{tmp_path}/in", "a")
+
+
+def test_progress_on_a_terminal_only(tmp_path: Path) -> None:
+    """Bars go to stderr, and only if that is a terminal: standard output is for programs."""
+    import pty
+
+    source = layout(tmp_path / "in", BASE, SECOND)
+    ours, theirs = pty.openpty()
+    argv = [UNIONFS, "image", "load", "--data-root", tmp_path / "root", "--json", source, "app"]
+    done = subprocess.run(
+        argv, stdout=subprocess.PIPE, stderr=theirs, timeout=60, env={**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+    )
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # how a terminal ends
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    assert done.returncode == 0 and json.loads(done.stdout)[0]["name"] == "app:latest"
+    assert b"layer " in shown and b"bytes" in shown
+    quiet = subprocess.run([*argv[:-2], source, "again"], capture_output=True, timeout=60)
+    assert quiet.returncode == 0 and quiet.stderr == b""

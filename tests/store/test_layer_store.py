@@ -411,3 +411,31 @@ def test_default_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_DATA_HOME", "/home/u/data")
     assert default_root() == "/home/u/data/unionfs"
+
+
+@pytest.mark.parametrize("driver", ["overlay", "row"])
+def test_quota_of_a_container(open_layers: Opener, driver: str) -> None:
+    store = open_layers(driver)
+    base_layer(store)
+    store.create("c", "base", options={"size": "4m"})
+    path = Path(store.get("c"))
+    with pytest.raises(OSError, match="No space left"):
+        (path / "big").write_bytes(bytes(range(256)) * (8 << 12))
+    (path / "big").unlink()
+    (path / "small").write_bytes(b"s" * 100_000)
+    assert (path / "bin/sh").read_bytes() == b"s" * 70000
+    store.put("c")
+    assert store.usage("c").size < 4 << 20
+    store.commit("c", "c")
+    store.create("free", "c")  # what a container was held to does not bind those above it
+    path = Path(store.get("free"))
+    (path / "big").write_bytes(bytes(range(256)) * (8 << 12))
+    store.put("free")
+
+
+def test_quota_for_all(open_layers: Opener) -> None:
+    store = open_layers("overlay", size="2m")
+    store.create("c")
+    with pytest.raises(OSError, match="No space left"):
+        Path(store.get("c"), "big").write_bytes(bytes(range(256)) * (4 << 12))
+    store.put("c")

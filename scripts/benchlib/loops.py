@@ -101,6 +101,21 @@ def scans(root: str, dirs: list[str], warm: int = 2) -> list[float]:
     return [out[0], min(out[1:])]
 
 
+def create_here(root: str, count: int) -> float:
+    """create+write of new files in a directory that many layers have."""
+    os.chdir(root)
+    names = [b"new%05d" % i for i in range(count)]
+
+    def make() -> None:
+        opened, write, close = os.open, os.write, os.close
+        for name in names:
+            fd = opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            write(fd, b"x" * 1024)
+            close(fd)
+
+    return per_op(make, count)
+
+
 def create(root: str, count: int) -> dict[str, float]:
     """create+write, rename and unlink of new files in a new directory."""
     os.chdir(root)
@@ -242,7 +257,8 @@ def stats_during_copyup(root: str, big: str, dirs: int, files: int, plain: bool)
 LOOPS: dict[str, Callable[..., object]] = {
     f.__name__: f
     for f in (
-        lookups, stat_tree, stat_list, scans, create, change_lower, first_write, sqlite, clients, stats_during_copyup,
+        lookups, stat_tree, stat_list, scans, create, create_here, change_lower, first_write, sqlite, clients,
+        stats_during_copyup,
     )
 }  # fmt: skip
 

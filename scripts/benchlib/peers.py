@@ -213,6 +213,26 @@ class Ours(Peer):
         return Path("/"), [*argv, str(mnt)]
 
 
+class OursAufs(Ours):
+    """The aufs driver; with `create` two branches are writable (the second one is the work directory)."""
+
+    def __init__(self, key: str, create: str = "") -> None:
+        super().__init__(key, "direct", "auto")
+        self.create = create
+        self.label = f"unionfs aufs {create}".rstrip()
+        self.options = "--driver aufs" + (f" -o create={create}, two writable branches" if create else "")
+
+    def command(self, lowers: list[Path], upper: Path | None, work: Path, mnt: Path) -> tuple[Path, list[str]]:
+        argv = [str(self.unionfs), "mount", "--driver", "aufs"]
+        if upper:
+            argv += ["--branch", f"{upper}=rw"]
+            if self.create:
+                argv += ["-o", f"create={self.create}", "--branch", f"{work}=rw"]
+        for lower in lowers:
+            argv += ["--branch", f"{lower}=ro+wh"]
+        return Path("/"), [*argv, str(mnt)]
+
+
 def known() -> list[Peer]:
     return [
         Native(), Kernel(), FuseOverlayfs(), Mergerfs(), UnionfsFuse(),
@@ -221,10 +241,12 @@ def known() -> list[Peer]:
         Ours("ours-cached", "direct", "cached"),
         Ours("ours-passthrough", "direct", "passthrough"),
         Ours("ours-pyfuse3", "pyfuse3", "-"),
+        OursAufs("ours-aufs"),
+        OursAufs("ours-aufs-mfs", "mfs"),
     ]  # fmt: skip
 
 
-QUICK_PEERS = ["native", "kernel", "fuse-overlayfs", "mergerfs", "unionfs-fuse", "ours"]
+QUICK_PEERS = ["native", "kernel", "fuse-overlayfs", "mergerfs", "unionfs-fuse", "ours", "ours-aufs"]
 
 
 def need_cow(peer: Peer) -> None:

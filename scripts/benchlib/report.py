@@ -26,10 +26,37 @@ DEMANDS: list[tuple[str, list[str], list[str], float]] = [
     ], ["native"], 1 / 0.9),
     ("128 lowers: at most 1.2 x 1 lower", ["lowers128.cold"], ["@lowers1.cold"], 1.2),
 ]  # fmt: skip
+# Of the aufs driver: ahead of the other unions with branches; flat in their number; placement costs lookups nothing.
+_METADATA = [
+    "stat.cold", "stat.warm", "negative.cold", "negative.warm", "read.cold", "read.warm",
+    "scandir.cold", "scandir.warm", "wide.cold", "wide.warm", "find.cold", "find.warm", "git.cold", "git.warm", "deep.cold", "deep.warm",
+    "lowers1.cold", "lowers10.cold", "lowers128.cold",
+]  # fmt: skip
+_SMALL_FILES = [
+    "create", "rename.new", "unlink.new", "append.copyup", "rename.lower", "unlink.lower",
+    "tar.x", "rm.new", "rm.lower",
+]  # fmt: skip
+AUFS_DEMANDS: list[tuple[str, list[str], list[str], float]] = [
+    *(
+        (f"aufs: ahead of {peer}", _METADATA + _SMALL_FILES, [peer], 1.0)
+        for peer in ("mergerfs", "unionfs-fuse")
+    ),
+    *(
+        (f"aufs: flat from 2 to {count} branches", [f"{row}.branches{count}"], [f"@{row}.branches2"], 1.2)
+        for row in ("stat", "negative", "create") for count in (16, 64)
+    ),
+    ("aufs: mfs over two writable branches costs lookups nothing", [
+        "stat.cold", "negative.cold", "read.cold",
+    ], ["ours-aufs-mfs"], 1.05),
+]  # fmt: skip
 BOUNDS: list[tuple[str, float]] = [
     ("ready", 80), ("rss.idle", 20), ("rss.inode", 400), ("wakeups", 0), ("copyup.p99", 2),
 ]  # fmt: skip
-CHECK_ROWS = sorted({r for _, rows, _, _ in DEMANDS for r in rows} | {r for r, _ in BOUNDS} | {"lowers1.cold"})
+CHECK_ROWS = sorted(
+    {r for _, rows, _, _ in DEMANDS + AUFS_DEMANDS for r in rows}
+    | {r for r, _ in BOUNDS}
+    | {"lowers1.cold", "stat.branches2"}
+)
 
 
 def number(value: float) -> str:
@@ -121,6 +148,10 @@ def check(results: Results, peer: str = "ours") -> str:
         for key in rows:
             if key in results.rows:
                 lines.append(_demand(results, peer, what, key, against[0], limit))
+    for what, rows, against, limit in AUFS_DEMANDS:
+        for key in rows:
+            if key in results.rows and "ours-aufs" in results.present():
+                lines.append(_demand(results, "ours-aufs", what, key, against[0], limit))
     for key, bound in BOUNDS:
         value = results.median(key, peer)
         if value is not None:

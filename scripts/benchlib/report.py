@@ -29,7 +29,8 @@ DEMANDS: list[tuple[str, list[str], list[str], float]] = [
 # Of the aufs driver: ahead of the other unions with branches; flat in their number; placement costs lookups nothing.
 _METADATA = [
     "stat.cold", "stat.warm", "negative.cold", "negative.warm", "read.cold", "read.warm",
-    "scandir.cold", "scandir.warm", "wide.cold", "wide.warm", "find.cold", "find.warm", "git.cold", "git.warm", "deep.cold", "deep.warm",
+    "scandir.cold", "scandir.warm", "wide.cold", "wide.warm",
+    "find.cold", "find.warm", "git.cold", "git.warm", "deep.cold", "deep.warm",
     "lowers1.cold", "lowers10.cold", "lowers128.cold",
 ]  # fmt: skip
 _SMALL_FILES = [

@@ -382,6 +382,12 @@ def test_which_and_diff(make_aufs: Make) -> None:
         ("whiteout", str(u.base / "a")), ("shadowed", str(u.base / "img"))]  # fmt: skip
     rows = u.ask("which", path="/f")
     assert [(row["state"], row["permission"]) for row in rows] == [("shown", "rw"), ("shadowed", "ro")]
+    (u / "d/x").read_text()
+    layers = u.ask("status")["statistics"]["core"]["layers"]
+    assert [(row["permission"], row["known"] > 0) for row in layers] == [("rw", True), ("rw", True), ("ro", True)]
+    assert all(abs(row["free"] - shutil.disk_usage(u.base).free) < 1 << 30 for row in layers)
+    shown = command("status", u.merged).stdout
+    assert f"{u.base}/b rw (" in shown and "GiB free" in shown
     changed = [tuple(row) for row in u.ask("diff")]
     assert changed == [("C", "/d"), ("A", "/d/mine"), ("A", "/d/new"), ("C", "/f"), ("D", "/gone")]
 

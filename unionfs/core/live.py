@@ -153,6 +153,23 @@ class LiveUnion(UnionOperations):
                     layer.root.fd = None  # its filesystem can be unmounted
             return plan.summary()
 
+    def statistics(self) -> dict[str, Any]:
+        """Of each layer also its room in bytes (None: it does not answer), and how many known files show from it."""
+        known = super().statistics()
+        counts: dict[Layer, int] = {}
+        for node in list(self.slots):
+            if node is not None:
+                counts[node.ldir.layer] = counts.get(node.ldir.layer, 0) + 1
+        for layer, row in zip(list(self.driver.layers), known["layers"], strict=False):
+            try:
+                s = os.fstatvfs(layer.root.open().n)
+            except OSError:
+                row["free"], row["free_inodes"] = None, None
+            else:
+                row["free"], row["free_inodes"] = s.f_bavail * s.f_frsize, s.f_favail
+            row["known"] = counts.get(layer, 0)
+        return known
+
     # --- is a layer in use? ---
 
     def _require_unused(self, layer: Layer) -> None:

@@ -44,7 +44,8 @@ def text(status: dict[str, Any]) -> str:
         ("session", status["session"]),
         ("server", f"process {status['pid']}, up {duration(status['uptime'])}"),
     ]
-    rows += [("branch", f"{_path(path)} {mode}".rstrip()) for path, mode in status["branches"]]
+    rooms = {row["path"]: row for row in status["statistics"]["core"]["layers"] if "free" in row}
+    rows += [("branch", f"{_path(path)} {mode}".rstrip() + _room(rooms.get(path))) for path, mode in status["branches"]]
     if status["upper"] is not None:
         rows += [("upper", _path(status["upper"])), ("work", _path(status["work"]))]
     rows += [("lower", _path(path)) for path in status["lowers"]]
@@ -55,11 +56,20 @@ def text(status: dict[str, Any]) -> str:
     return "".join(f"{name:<{width}}  {value}\n" for name, value in rows)
 
 
+def _room(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    free = "does not answer" if row["free"] is None else f"{row['free'] / (1 << 30):.1f} GiB free"
+    return f" ({free}, {row['known']} known)"
+
+
 def _flat(figures: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, value in figures.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name} ")
         elif isinstance(value, list):
+            if value and isinstance(value[0], dict):
+                continue  # layers: they have rows of their own
             yield prefix + name, " ".join(map(str, value))
         else:
             yield prefix + name, f"{value:.3f}" if isinstance(value, float) else str(value)

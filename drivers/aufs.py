@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 
 from unionfs.api import MountConfig
-from unionfs.core.idmap import OPTIONS
 from unionfs.core.layers import FdCache, Layer, LDir, fd_path
-from unionfs.errors import EXIT_USAGE, MountError, nearest
+from unionfs.errors import EXIT_USAGE, MountError
 
 from . import aufs_branches as own
 from . import branches
 from .aufs_format import WH, AufsFormat, probe_prefix
+from .aufs_options import DIROPQ, OPTIONS, settle
 from .aufs_policy import CreatePolicy, Space, copyup_policy
 
 TYPE_CHECKING = False
@@ -27,71 +27,33 @@ if TYPE_CHECKING:
 
     from .aufs_live import Plan
 
-UDBA = ("none", "reval", "notify")
 FULL_FOR = 30.0  # seconds that a branch which reported ENOSPC gets nothing new
 
 
 class AufsDriver(AufsFormat):
     name = "aufs"
-    options = {  # noqa: RUF012
-        "br": "br:PATH=rw:PATH=ro+wh…: the branches, topmost first (also br=, dirs=)",
-        "create": "tdp|tdmfs:LOW|rr|mfs|mfsrr:LOW|pmfs|pmfsrr:LOW[:SECONDS]: the branch for new files (default tdp)",
-        "cpup": "tdp|bup|bu: the branch for copies of files of read-only branches (default tdp)",
-        "moveonenospc": "on|off: a file on a full branch moves to another one when more is written (default off)",
-        "udba": "none|reval|notify: changes made directly in a branch are seen never, when next looked at, or at once",
-        "shwh": "show whiteouts (read-only mounts)",
-        "sum": "free space is that of all branches together",
-        "wsum": "free space is that of the writable branches together",
-        "xino": "inode numbers survive copy-up and remount (default)",
-        "noxino": "they need not: nothing is noted on copies",
-        "plink": "hard links stay linked over copy-up (default)",
-        "noplink": "a copied-up hard link becomes a file of its own",
-        "dirren": "rename directories of lower branches by a redirect, noted in an xattr (else EXDEV)",
-        "diropq": "always|whiteouted: when a new directory is marked opaque (default whiteouted)",
-        "dirperm1": "accepted: only the topmost directory's permissions count, always",
-        "warn_perm": "log branches whose root has another owner or mode than the topmost's",
-        "nowarn_perm": "the default",
-        "dirwh": "accepted: a removed directory goes in one step, however many whiteouts it holds",
-        "dio": "accepted: direct I/O always works",
-        "rdcache": "accepted: listings are cached until something changes",
-        "rdblk": "accepted, no effect",
-        "rdhash": "accepted, no effect",
-        "volatile": "sync nothing: fast, and lost in a power cut",
-        **OPTIONS,
-    }
+    options = OPTIONS
 
     def __init__(self, config: MountConfig) -> None:
         super().__init__(config)
         o = config.options
+        settle(o)
         self.fds = FdCache(branches.fd_budget())
         self.name_limit = 255 - len(WH)
         self.create = CreatePolicy(o.get("create", "tdp"))
         self._copyup = copyup_policy(o.get("cpup", "tdp"))
         self.full: dict[Layer, float] = {}
         self.keep_ino = "noxino" not in o
-        if o.get("xino"):
-            raise MountError(
-                f"xino={o['xino']}: inode numbers are kept in xattrs of the copies, there is no table file; "
-                "give xino without a path, or noxino",
-                EXIT_USAGE,
-            )
-        if o.get("diropq", "whiteouted") not in ("always", "a", "whiteouted", "w"):
-            raise MountError(f"diropq={o['diropq']}: must be always or whiteouted", EXIT_USAGE)
-        self.always_opaque = o.get("diropq", "") in ("always", "a")
+        self.always_opaque = DIROPQ[o.get("diropq", "whiteouted")]
         self.redirects = "dirren" in o
         self.volatile = "volatile" in o
         self.moves = branches.flag(o, "moveonenospc", False)
         if self.moves and config.data == "passthrough":
             raise MountError("moveonenospc: not with data=passthrough, the kernel writes by itself there", EXIT_USAGE)
         self.sum = "all" if "sum" in o else "rw" if "wsum" in o else ""
-        if self.outside != "none" and o.get("guard", "off") not in ("off", "0"):
-            raise MountError(f"udba={self.outside}: not with guard=on; leave one of them out", EXIT_USAGE)
-        self._holder: LDir | None = None  # work/, where it was given
-        self.show_whiteouts = "shwh" in o
         self.outside = o.get("udba", "none")
-        if self.outside not in UDBA:
-            hint = nearest(self.outside, UDBA)
-            raise MountError(f"udba={self.outside}: unknown{hint}; one of {', '.join(UDBA)}", EXIT_USAGE)
+        self.show_whiteouts = "shwh" in o
+        self._holder: LDir | None = None  # work/, where it was given
         try:
             self._open(config)
             if self.show_whiteouts and not self.read_only:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.mounts import UNIONFS, is_mounted, wait_for
-from support.procs import errno_of
+from support.procs import USER, child, errno_of
 from support.sys import mount, umount
 
 from aufs.harness import HELPER, Aufs, command, look
@@ -280,6 +280,71 @@ def test_option_syntaxes(make_aufs: Make) -> None:
     assert (base / "a/new").exists()
 
 
+def test_warn_perm(make_aufs: Make) -> None:
+    u = make_aufs()
+    u.branch_dir("other").chmod(0o700)
+    u.branch_dir("like")
+    u.mount("a=rw", "like=ro", "other=ro", options="warn_perm")
+    u.branch_dir("third").chmod(0o711)
+    u.change(("append", None, "third", "ro"))
+    u.umount()
+    said = [line for line in u.log.read_text().splitlines() if "warn_perm" in line]
+    assert [str(u.base / "other") in said[0], str(u.base / "third") in said[1], "700 0:0" in said[0]] == [True] * 3
+    u.mount("a=rw", "other=ro")
+    u.umount()
+    assert u.log.read_text().count("warn_perm") == 2
+
+
+def test_dirperm1(make_aufs: Make) -> None:
+    """A directory that is closed in a lower branch and open in the topmost one is open."""
+    u = make_aufs()
+    u.branch_dir("img", {"d/f": "f"})
+    (u.base / "img/d").chmod(0o700)
+    u.base.chmod(0o755)
+    u.mount("a=rw", "img=ro", options="dirperm1")
+    assert errno_of(child, os.stat, u / "d/f", uid=USER) == 13
+    os.chmod(u / "d", 0o755)
+    assert child(lambda: (u / "d/f").read_text(), uid=USER) == "f"
+    assert (u.base / "img/d").stat().st_mode & 0o777 == 0o700
+
+
+def test_diropq(make_aufs: Make) -> None:
+    u = make_aufs()
+    for word, marked in (("always", True), ("whiteouted", False)):
+        u.mount(f"{word}=rw", "img=ro", options=f"diropq={word}")
+        os.mkdir(u / "new")
+        u.umount()
+        assert (u.base / word / "new/.wh..wh..opq").exists() == marked
+
+
+def test_noplink(make_aufs: Make) -> None:
+    u = make_aufs()
+    u.branch_dir("img", {"f": "f"})
+    os.link(u.base / "img/f", u.base / "img/g")
+    u.mount("a=rw", "img=ro", options="noplink")
+    with open(u / "f", "a") as f:
+        f.write("+")
+    u.drop_caches()
+    assert (u / "f").read_text() == "f+" and (u / "g").read_text() == "f"
+
+
+ACCEPTED = (
+    "create_policy=mfs,copyup_policy=bu", "copyup=bup", "dirwh=3,rdcache=10,rdblk=4096,rdhash=32", "rdblk=def,acl,dio",
+    "nosum,noshwh,nodirren,nowarn_perm", "wsum,xino,plink,verbose", "quiet,notrunc_xib,moveonenospc=off",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("options", ACCEPTED)
+def test_accepted_options(make_aufs: Make, options: str) -> None:
+    u = make_aufs()
+    u.branch_dir("img", {"d/f": "f"})
+    u.mount("a=rw", "b=rw", "img=ro", options=options)
+    with open(u / "d/f", "a") as f:
+        f.write("+")
+    assert (u / "d/f").read_text() == "f+"
+    assert u.ask("status")["statistics"]["core"]["driver_status"]["create"] == ("mfs" if "mfs" in options else "tdp")
+
+
 BAD = (
     (["a=rw", "a=ro"], "", EXIT_LAYER, "also"),
     (["a=rw", "a/in=ro"], "", EXIT_LAYER, "inside"),
@@ -292,6 +357,14 @@ BAD = (
     (["a=rw"], "shwh", EXIT_USAGE, "shwh"),
     (["a=rw"], "diropq=never", EXIT_USAGE, "diropq"),
     (["a=rw"], "udba=often", EXIT_USAGE, "udba"),
+    (["a=rw"], "udba=notify,guard=on", EXIT_USAGE, "guard"),
+    (["a=rw"], "xino=/x", EXIT_USAGE, "xino=/x"),
+    (["a=rw"], "dirwh=many", EXIT_USAGE, "dirwh=many"),
+    (["a=rw"], "nodirperm1", EXIT_USAGE, "nodirperm1"),
+    (["a=rw"], "trunc_xib", EXIT_USAGE, "no table file"),
+    (["a=rw"], "coo=all", EXIT_USAGE, "first write"),
+    (["a=rw"], "fhsm_sec=3", EXIT_USAGE, "daemon"),
+    (["a=rw"], "create=mfs,create_policy=rr", EXIT_USAGE, "the same option"),
     (["a=rw"], "creat=mfs", EXIT_USAGE, "did you mean create"),
 )
 

@@ -306,6 +306,24 @@ def test_mounts_stay_up_at_a_stop_or_go(daemon: Daemon) -> None:
     assert mounts_below(daemon.root) == []
 
 
+def test_a_second_signal_ends_it_at_once(daemon: Daemon) -> None:
+    """The first waits for an upload that does not come to its end."""
+    daemon.start()
+    daemon.post("/layers", {"id": "key"})
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.connect(str(daemon.socket))
+        slow.sendall(b"PUT /layers/key/content HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\nbegun")
+        wait_until("the upload has begun", lambda: 'method="POST"' in daemon.curl("/metrics").body.decode())
+        assert daemon.process is not None
+        daemon.process.send_signal(signal.SIGTERM)
+        wait_until("it stops", lambda: "SIGTERM: stopping" in daemon.log)
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(60) == 1
+    assert "SIGTERM again: leaving at once" in daemon.log
+    daemon.start()
+    assert daemon.curl("/layers/key", "-X", "DELETE").status == 204
+
+
 def test_ctrl_c_in_a_terminal_leaves_the_mounts(daemon: Daemon) -> None:
     """A terminal sends SIGINT to the whole foreground process group."""
     daemon.start(session=True)

@@ -26,9 +26,9 @@ from unionfs.daemon.models import (
     UsageInfo,
 )
 from unionfs.daemon.progress import LINES, WorkResponse
-from unionfs.daemon.streams import AsciiJSON, BodyReader, download
+from unionfs.daemon.streams import AsciiJSON, download, upload
 from unionfs.daemon.tars import archive_source, layout_tar
-from unionfs.store.api import Invalid, Store, Usage
+from unionfs.store.api import Invalid, Readable, Store, Usage
 from unionfs.store.containers import Container, Containers
 from unionfs.store.images import Image, Images, Progress
 
@@ -53,7 +53,7 @@ def image_routes(images: Images, events: Events, scratch: str) -> APIRouter:
             directory = await anyio.to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="load-", dir=scratch))
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
             path = os.path.join(directory, "archive")
-            await anyio.to_thread.run_sync(_spool, BodyReader(request), path)
+            await upload(request, lambda body: _spool(body, path))
         except BaseException:
             stack.close()
             raise
@@ -77,7 +77,7 @@ def image_routes(images: Images, events: Events, scratch: str) -> APIRouter:
                 raise ValueError("no object")
         except ValueError as error:
             raise Invalid(f"config: must be a JSON object: {error}") from None
-        image = await anyio.to_thread.run_sync(images.import_tar, BodyReader(request), name, settings)
+        image = await upload(request, lambda body: images.import_tar(body, name, settings))
         events.add("import", image.name)
         return image
 
@@ -188,7 +188,7 @@ def container_routes(containers: Containers, store: Store, events: Events) -> AP
     return router
 
 
-def _spool(body: BodyReader, path: str) -> None:
+def _spool(body: Readable, path: str) -> None:
     with open(path, "xb") as target:
         while chunk := body.read(_CHUNK):
             target.write(chunk)

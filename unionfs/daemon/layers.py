@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 
 from unionfs.daemon.models import (
@@ -16,7 +15,7 @@ from unionfs.daemon.models import (
     Relabel,
     UsageInfo,
 )
-from unionfs.daemon.streams import AsciiJSON, BodyReader, download
+from unionfs.daemon.streams import AsciiJSON, download, upload
 from unionfs.store.api import Applied, Layer, Store, Usage
 
 TAR = "application/x-tar"
@@ -56,7 +55,7 @@ def layer_routes(store: Store) -> APIRouter:
     @router.put("/layers/{id}/content", response_model=AppliedInfo)
     async def apply_tar(id: LayerId, request: Request) -> Applied:
         """Unpacks an OCI layer tar (plain, gzip, zstd), the body, into an active layer."""
-        return await anyio.to_thread.run_sync(store.apply, id, BodyReader(request))
+        return await upload(request, lambda body: store.apply(id, body))
 
     @router.get("/layers/{id}/diff", response_class=Response, responses={200: {"content": {TAR: {}}}})
     async def diff(id: LayerId, parent: str | None = None) -> Response:

@@ -7,10 +7,11 @@ nothing behind. SIGINT and SIGTERM stop it: no new requests, those in work are f
 
 from __future__ import annotations
 
+import os
 import signal
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import cast
@@ -31,7 +32,7 @@ from unionfs.daemon.listen import BACKLOG, Listener, open_listeners
 from unionfs.daemon.logs import LOG
 from unionfs.daemon.observe import Metrics, observed
 from unionfs.daemon.storage import lock, opened, scratch
-from unionfs.errors import MountError
+from unionfs.errors import EXIT_FAILURE, MountError
 from unionfs.store.api import Store, StoreError
 
 PATIENCE = 10.0  # seconds that requests in work have at a stop
@@ -49,6 +50,8 @@ def run(config: Config, notify: Notify) -> None:
         LOG.info("loading layers from %s", config.data_root)
         store = opened(config, choice)
         stack.callback(store.close)
+        if gone := store.cleanup():
+            LOG.info("removed %d leftovers of what was half done", len(gone))
         mounted = store.mounted()
         LOG.info("initialised: %d layers, %d mounts found serving", len(store.layers()), len(mounted))
         for id, (path, references) in mounted.items():
@@ -90,23 +93,33 @@ async def _serve(
     server = partial(serve_http, app, _server_config(config, listeners), mode="asgi", shutdown_trigger=stopped)
     engines.open()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(server)
-            for listener in listeners:
-                if listener.note:
-                    LOG.warning("%s: %s", listener.label, listener.note)
-                LOG.info("listening on %s%s", listener.label, " (TLS, client certificates)" if listener.secure else "")
-            await engines.serve(nursery)
-            for warning in warnings:
-                LOG.warning("!!! %s !!!", warning)
-            LOG.info("ready")
-            notify(b"READY=1\nSTATUS=serving with driver %s" % choice.driver.encode())
-            async for number in signals:
-                LOG.info("%s: stopping", signal.Signals(number).name)
-                break
-            notify(b"STOPPING=1")
-            stopping.set()
-            await engines.stop()
+        async with trio.open_nursery() as waiting:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(server)
+                for one in listeners:
+                    if one.note:
+                        LOG.warning("%s: %s", one.label, one.note)
+                    LOG.info("listening on %s%s", one.label, " (TLS, client certificates)" if one.secure else "")
+                await engines.serve(nursery)
+                for warning in warnings:
+                    LOG.warning("!!! %s !!!", warning)
+                LOG.info("ready")
+                notify(b"READY=1\nSTATUS=serving with driver %s" % choice.driver.encode())
+                async for number in signals:
+                    LOG.info("%s: stopping", signal.Signals(number).name)
+                    break
+                notify(b"STOPPING=1")
+                waiting.start_soon(_leave_at_once, signals)
+                stopping.set()
+                await engines.stop()
+            waiting.cancel_scope.cancel()
+
+
+async def _leave_at_once(signals: AsyncIterator[int]) -> None:
+    """A second signal is from somebody who won't wait for what is in work: the store bears being left so."""
+    async for number in signals:
+        LOG.warning("%s again: leaving at once; the next start removes what is half done", signal.Signals(number).name)
+        os._exit(EXIT_FAILURE)
 
 
 def _server_config(config: Config, listeners: list[Listener]) -> ServerConfig:

@@ -5,36 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
-import anyio.from_thread
 import anyio.to_thread
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from unionfs.engines.graphdriver import Body, coalesced
+from unionfs.store.api import Readable
 
-class BodyReader:
-    """A request's body for a worker thread: `read(size)` waits in the loop. Holds one chunk, never the whole."""
+T = TypeVar("T")
 
-    def __init__(self, request: Request) -> None:
-        self._chunks = request.stream()
-        self._rest = b""
 
-    def read(self, size: int = -1, /) -> bytes:
-        if size < 0:
-            raise ValueError("a body is read in pieces")
-        while not self._rest:
-            try:
-                self._rest = anyio.from_thread.run(self._next)
-            except EOFError:
-                return b""
-        part, self._rest = self._rest[:size], self._rest[size:]
-        return part
-
-    async def _next(self) -> bytes:
-        async for chunk in self._chunks:
-            return chunk
-        raise EOFError
+async def upload(request: Request, work: Callable[[Readable], T]) -> T:
+    """What `work` makes of a request's body, which it reads in a worker thread as it comes."""
+    body = Body(request.stream())
+    result = await anyio.to_thread.run_sync(work, body)
+    async for _ in body.rest():  # padding after an archive's end: unread it would cut the connection
+        pass
+    return result
 
 
 async def download(make: Callable[[], Iterator[bytes]], media_type: str) -> Response:
@@ -44,7 +33,7 @@ async def download(make: Callable[[], Iterator[bytes]], media_type: str) -> Resp
     """
 
     def begin() -> tuple[bytes, Iterator[bytes]]:
-        iterator = iter(make())
+        iterator = coalesced(make())
         return next(iterator, b""), iterator
 
     first, rest = await anyio.to_thread.run_sync(begin)

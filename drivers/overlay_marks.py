@@ -106,7 +106,7 @@ class OverlayMarks(Driver):
                 marks.index_delta = _nlink_delta(value)
             elif key == _NESTED:
                 marks.nested_whiteout = True
-        if marks is not None and entry in self.index_entries:
+        if marks is not None and entry in self.index_entries_of(ldir.layer):
             marks.index = entry
         return marks
 
@@ -170,6 +170,9 @@ class OverlayMarks(Driver):
 
     def index_dir(self, layer: Layer) -> LDir | None:
         return self._index
+
+    def index_entries_of(self, layer: Layer) -> set[bytes]:
+        return self.index_entries
 
     def index_name(self, source: LDir, name: bytes, st: os.stat_result) -> bytes | None:
         return origin.index_name(source, name)

@@ -78,6 +78,10 @@ def prepare(config: MountConfig) -> Operations:
         from unionfs.core.live import live_union
 
         return live_union(driver)
+    if driver.freezes:
+        from unionfs.core.freeze import freezing_union
+
+        return freezing_union(driver)
     if driver.quota is not None:
         from unionfs.core.quota import LimitedUnion
 

@@ -16,32 +16,33 @@ from weakref import WeakValueDictionary
 from unionfs import sysio
 from unionfs.api import MountConfig
 from unionfs.core.base import OpenFile, fail
-from unionfs.core.layers import LDir
+from unionfs.core.layers import LDir, fd_path
 from unionfs.errors import EXIT_FORMAT, EXIT_USAGE, MountError
 
-from ..overlay import OverlayDriver
 from .blockmap import COMPACT_AT, DATA, HOLE, VERSION, Base, BlockMap, MapError, version_of
 from .file import RowFile
+from .flat import FlatFile, flatten
+from .stack import MARK, RowStack
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from unionfs.core.copyup import CopyUp
+    from unionfs.core.freeze import FreezingUnion
+    from unionfs.core.layers import Layer
     from unionfs.core.nodes import Node
 
-STORE = b".wh..wh.row"  # hidden like everything that begins with .wh.
-MARK = "unionfs.row"
 REDIRECT_MIN = 64 << 10  # smaller files are copied: one write instead of a write and a map
 CHECKPOINT_EVERY = 5.0  # seconds that redirected blocks may wait for their checkpoint
 BLOCKSIZES = {"4k": 4096, "16k": 16384, "64k": 65536, "128k": 131072}
 
 
-class RowDriver(OverlayDriver):
+class RowDriver(RowStack):
     name = "row"
-    maps = True
+    freezes = True
     options = {  # noqa: RUF012
-        **OverlayDriver.options,
+        **RowStack.options,
         "blocksize": "4k|16k|64k|128k: the unit of redirection for files first written from now on (default 4k)",
         "force": "use block maps although the file below has changed since they were made",
     }
@@ -54,13 +55,13 @@ class RowDriver(OverlayDriver):
         self.force = "force" in config.options
         super().__init__(config)
         self._open_files: WeakValueDictionary[str, RowFile] = WeakValueDictionary()
+        self._frozen_files: WeakValueDictionary[str, FlatFile] = WeakValueDictionary()
         self._dirty: dict[str, RowFile] = {}
         self._some = threading.Event()
         self._over = False
         self._saver: threading.Thread | None = None
         self._opening = threading.Lock()
         self.redirected_files = 0
-        self._maps: LDir | None = None
         self._check_version()
         if not self.metacopy and not self.read_only:
             raise MountError(
@@ -86,89 +87,98 @@ class RowDriver(OverlayDriver):
             )
 
     def _store(self, make: bool) -> LDir | None:
-        """`.wh..wh.row/maps` in the upper's root; made with the first map, unnoticed by those who look at the root."""
-        if self._maps is not None:
-            return self._maps
-        root = self.layers[0].root
-        store = root.child(STORE)
-        maps = store.child(b"maps")
-        if make:
-            st = os.fstat(root.open().n)
-            for parent, name in ((root, STORE), (store, b"maps")):
-                try:
-                    os.mkdir(name, 0o700, dir_fd=parent.open().n)
-                except FileExistsError:
-                    pass
-            os.utime(root.open().n, ns=(st.st_atime_ns, st.st_mtime_ns))
-        try:
-            maps.open()
-        except FileNotFoundError:
-            return None
-        self._maps = maps
-        return maps
+        return self.maps_dir(self.layers[0], make)
 
     # --- the seam to the core ---
 
     def redirects_data(self, node: Node, st: os.stat_result, size: int | None) -> bool:
-        return st.st_size >= REDIRECT_MIN and size != 0
+        if not node.ldir.layer.writable:
+            return st.st_size >= REDIRECT_MIN and size != 0
+        return size != 0 or self._has_map(fd_path(node.ldir.open(), node.disk_name()))
 
     def open_redirected(self, core: CopyUp, node: Node, write: bool) -> OpenFile | None:
         """The node's bytes where its data is not all in one file; None: it is, in the one below."""
-        if node.ldir.layer.index != 0:
-            return None
-        n = core._open_inode(node, os.O_RDONLY if self.read_only else os.O_RDWR)
-        upper = OpenFile(n, not self.read_only)
+        assert node.more is not None and node.more.data is not None
+        own = node.ldir.layer.writable or core._is_private(node)
+        n = core._open_inode(node, os.O_RDWR if own else os.O_RDONLY)
+        upper = OpenFile(n, own)
         with self._opening:
-            ident = self._ident(n)
+            ident = self.ident_of(n)
             if ident is None and not write:
-                return None
+                return self._open_frozen(core, *node.more.data)
             if ident is not None:
                 known = self._open_files.get(ident)
                 if known is not None:
+                    known.writable = own
                     return known
-            source = core._open_source(node)
-            base = OpenFile(os.dup(source.n), False)
+                if not own:
+                    return self._open_generation(core, node.ldir, node.name, upper, ident, node.more.data)
+            base = self._open_frozen(core, *node.more.data)
             if ident is None:
-                if self.quota is None and sysio.clone(n, base.n):  # a clone counts as if it were all its own
+                if base.plain and sysio.clone(n, base.n):
                     self.clear_metacopy(n)
                     node.extra().data = None
                     return upper
-                ident, blockmap = self._new_map(n, base)
+                ident, blockmap = self._new_map(n, base, node.more.data[0].layer.frozen)
             else:
-                blockmap = self._load_map(ident, base, node.name)
-            f = RowFile(os.dup(n), not self.read_only, base, blockmap, ident)
+                blockmap = self._load_map(ident, base, node.name, node.ldir.layer)
+            f = RowFile(os.dup(n), True, base, blockmap, ident)
             f.on_dirty = self._note_dirty
             self._open_files[ident] = f
             return f
 
-    def _ident(self, n: int) -> str | None:
-        try:
-            return os.getxattr(n, self.prefix + MARK).decode("ascii", "replace")
-        except OSError as e:
-            if e.errno in (errno.ENODATA, errno.EOPNOTSUPP):
-                return None
-            raise
+    def _open_frozen(self, core: CopyUp, ldir: LDir, name: bytes) -> OpenFile:
+        """What a file of a layer that nobody writes shows, for reading."""
+        f = OpenFile(core._open_quiet(name, ldir), False)
+        ident = self.ident_of(f.n) if ldir.layer.frozen else None
+        if ident is None:
+            return f
+        marks = self.file_marks(ldir, name)
+        path = marks.redirect if marks is not None and marks.redirect is not None else name
+        if not path.startswith(b"/"):
+            path = ldir.path().rstrip(b"/") + b"/" + path
+        below = core._resolve_below(path, ldir.layer.index)
+        if below is None:
+            raise fail(errno.EIO, name)
+        return self._open_generation(core, ldir, name, f, ident, below)
 
-    def _new_map(self, n: int, base: OpenFile) -> tuple[str, BlockMap]:
+    def _open_generation(
+        self, core: CopyUp, ldir: LDir, name: bytes, upper: OpenFile, ident: str, below: tuple[LDir, bytes]
+    ) -> FlatFile:
+        """A redirected file of a frozen layer: its blocks over those of the generations before it."""
+        known = self._frozen_files.get(ident)
+        if known is not None:
+            return known
+        base = self._open_frozen(core, *below)
+        was_open = self._open_files.get(ident)  # by who wrote it: that one knows what is not on the disk yet
+        blockmap = was_open.map if was_open is not None else self._load_map(ident, base, name, ldir.layer)
+        f = self._frozen_files[ident] = flatten(os.dup(upper.n), base, blockmap)
+        if was_open is None:
+            blockmap.close()
+        return f
+
+    def _new_map(self, n: int, base: OpenFile, over_frozen: bool) -> tuple[str, BlockMap]:
         maps = self._store(True)
         assert maps is not None
         ident = os.urandom(12).hex()
         st = os.fstat(base.n)
-        blockmap = BlockMap.create(maps.open().n, ident, self.blocksize, Base(st.st_size, st.st_mtime_ns, st.st_ino))
+        # a base that is ours can't change, but it may be copied, and be another inode then
+        known = Base(st.st_size, 0, 0) if over_frozen else Base(st.st_size, st.st_mtime_ns, st.st_ino)
+        blockmap = BlockMap.create(maps.open().n, ident, self.blocksize, known)
         os.setxattr(n, self.prefix + MARK, ident.encode())
         self.redirected_files += 1
         return ident, blockmap
 
-    def _load_map(self, ident: str, base: OpenFile, name: bytes) -> BlockMap:
+    def _load_map(self, ident: str, base: OpenFile, name: bytes, layer: Layer) -> BlockMap:
         """EIO, and a line in the log, for a map that can't be believed: the file's real content is not known then."""
-        maps = self._store(False)
+        maps = self.maps_dir(layer, False)
         shown = os.fsdecode(name)
         try:
             if len(ident) != 24 or not ident.isalnum():
                 raise MapError(f"bad id {ident!r}")
             if maps is None:
                 raise FileNotFoundError
-            blockmap = BlockMap.load(maps.open().n, ident, not self.read_only)
+            blockmap = BlockMap.load(maps.open().n, ident, not layer.frozen and not self.read_only)
         except FileNotFoundError:
             print(f"unionfs: {shown}: its block map {ident} is missing; see unionfs fsck", file=sys.stderr)
             raise fail(errno.EIO, name) from None
@@ -177,7 +187,8 @@ class RowDriver(OverlayDriver):
             raise fail(errno.EIO, name) from None
         st = os.fstat(base.n)
         then = blockmap.base
-        if (st.st_size, st.st_mtime_ns, st.st_ino) != (then.size, then.mtime_ns, then.ino) and not self.force:
+        now = (st.st_size, st.st_mtime_ns, st.st_ino)
+        if then.ino and now != (then.size, then.mtime_ns, then.ino) and not self.force:
             blockmap.close()
             print(
                 f"unionfs: {shown}: the file below has changed since its blocks were redirected "
@@ -285,6 +296,19 @@ class RowDriver(OverlayDriver):
         self.flush()
         self._open_files.clear()
         super().stop()
+
+    # --- snapshots ---
+
+    def start(self) -> None:
+        if self.chain is not None and not self.read_only:
+            from .snapshot import clean_later
+
+            clean_later(self, None)
+
+    def snapshot(self, core: FreezingUnion, action: str, arguments: dict[str, Any]) -> Any:
+        from .snapshot import Mounted  # only where it is asked for
+
+        return Mounted(self, core).do(action, arguments)
 
     # --- people ---
 

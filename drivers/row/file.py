@@ -232,6 +232,11 @@ class RowFile(OpenFile):
             (os.fdatasync if datasync else os.fsync)(self.n)
             self.map.checkpoint()
 
+    def copy_to(self, target: int, length: int) -> None:
+        from .flat import copy_content  # which needs this module
+
+        copy_content(self, target, length)
+
     def absorb(self) -> None:
         """Copy up all that still shows of the base."""
         bs = self.map.blocksize

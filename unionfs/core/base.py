@@ -64,6 +64,10 @@ class OpenFile(Fd):
     def seek(self, offset: int, whence: int) -> int:
         raise NotImplementedError
 
+    def copy_to(self, target: int, length: int) -> None:
+        """Write the first `length` bytes into another file, which is empty; holes stay holes."""
+        raise NotImplementedError
+
     def absorb(self) -> None:
         raise NotImplementedError
 

@@ -75,6 +75,7 @@ class CopyUp(Placement):
         d.ldirs.insert(at, made)
         if at == 0:
             d.ldir = made
+            d.redirect = None  # a new directory: the layers below know it by its place in the merged view
         self._joined(d.parent, d.name, into)
         return made
 
@@ -111,7 +112,7 @@ class CopyUp(Placement):
         while True:
             more = node.more
             waiting = more is not None and (more.moving or (data and more.data is not None))
-            if node.ldir.layer.writable and not waiting:
+            if not waiting and (node.ldir.layer.writable or self._is_private(node)):
                 return
             if self._await_copy(node):
                 continue
@@ -194,7 +195,8 @@ class CopyUp(Placement):
         if node.ldir.layer.writable and (more is None or more.data is None):
             return False
         st = self._stat(node)
-        return self._can_metacopy(node, st) and self.driver.redirects_data(node, st, size)
+        fit = node.ldir.layer.writable or self._can_metacopy(node, st)
+        return fit and self.driver.redirects_data(node, st, size)
 
     def _move_from_full(self, node: Node) -> bool:
         """The layer that node lies in is full: take the file to one that has room. False: it has to stay."""
@@ -214,12 +216,21 @@ class CopyUp(Placement):
             return False
         return True
 
+    @staticmethod
+    def _is_private(node: Node) -> bool:
+        """It lost its last name before its layer was frozen: no snapshot shows it, so it may still be written."""
+        more = node.more
+        return node.ldir.layer.frozen and more is not None and more.unlinked and more.pin is not None
+
     def _can_metacopy(self, node: Node, st: os.stat_result) -> bool:
+        more = node.more
+        if more is not None and more.index is not None and not node.ldir.layer.writable:
+            return False  # names of it that only layers further down have would lead to other data
         return (
             self.driver.metacopy
             and S_ISREG(st.st_mode)
             and st.st_size >= METACOPY_MIN
-            and not (node.more is not None and node.more.unlinked)
+            and not (more is not None and more.unlinked)
         )
 
     def _copy_up(self, node: Node, st: os.stat_result, data: bool, length: int) -> None:
@@ -239,7 +250,7 @@ class CopyUp(Placement):
         if not unlinked:
             assert node.parent is not None
             into = self.ensure_dir(node.parent, layer)
-        source = node.ldir
+        source, name = node.ldir, node.disk_name()
         tmp = self._tmp_name()
         try:
             copied, made = self._build_copy(node, st, work, tmp, data, length)
@@ -255,7 +266,7 @@ class CopyUp(Placement):
             raise
         if not data:
             old = node.more.data if node.more is not None else None
-            node.extra().data = old or (source, node.name)
+            node.extra().data = (source, name) if old is None or self.driver.holds_data(source, name) else old
         elif node.more is not None:
             node.more.data = None
         if into is None:
@@ -285,7 +296,9 @@ class CopyUp(Placement):
             out = OpenFile(os.open(tmp, flags, 0o600, dir_fd=wfd.n), True)
             if data:
                 src = self._open_source(node)
-                if length <= SMALL_COPY and st.st_blocks * 512 >= st.st_size:
+                if not src.plain:
+                    src.copy_to(out.n, length)
+                elif length <= SMALL_COPY and st.st_blocks * 512 >= st.st_size:
                     sysio.copy_small(src.n, out.n, length)
                 else:
                     sysio.copy_data(src.n, out.n, length)
@@ -312,7 +325,7 @@ class CopyUp(Placement):
             if not S_ISLNK(st.st_mode):
                 os.chmod(tmp, st.st_mode & 0o7777, dir_fd=wfd.n)
         if not (node.more is not None and node.more.unlinked):
-            self.driver.mark_copy(target, node.ldir, node.name, node.ino, tfollow)
+            self.driver.mark_copy(target, node.ldir, node.disk_name(), node.ino, tfollow)
             if not data:
                 assert node.parent is not None
                 self.driver.mark_metacopy(target, self._path_below(node.parent) + b"/" + node.name, tfollow)
@@ -327,8 +340,9 @@ class CopyUp(Placement):
     def _publish_copy(self, node: Node, st: os.stat_result, work: LDir, tmp: bytes, into: LDir) -> None:
         """Put work/tmp in place of the lower file: by its name, and for hard links through the index."""
         entry: bytes | None = None
-        if st.st_nlink > 1 and self.driver.index:
-            entry = self.driver.index_name(node.ldir, node.name, st)
+        linked = node.more is not None and node.more.index is not None
+        if (st.st_nlink > 1 or linked) and self.driver.index:
+            entry = self.driver.index_name(node.ldir, node.disk_name(), st)
         index = self.driver.index_dir(into.layer) if entry is not None else None
         if into.impure is not True:
             self.driver.mark_impure(into)
@@ -336,7 +350,8 @@ class CopyUp(Placement):
             if entry is None or index is None:
                 self.driver.publish(work, tmp, into, node.name, False)
                 return
-            delta = st.st_nlink - 2  # two names in upper now: the index entry and this one
+            links = st.st_nlink + (node.more.nlink_delta if linked and node.more is not None else 0)
+            delta = links - 2  # two names in upper now: the index entry and this one
             self.driver.set_nlink_delta(fd_path(work.open(), tmp), delta)
             self._link_index(work, tmp, index, entry)
             try:
@@ -370,7 +385,10 @@ class CopyUp(Placement):
         st = self._stat(node)
         fd = Fd(self._open_inode(node, os.O_RDWR))
         try:
-            sysio.copy_data(src.n, fd.n, length)
+            if src.plain:
+                sysio.copy_data(src.n, fd.n, length)
+            else:
+                src.copy_to(fd.n, length)
         finally:
             _put_times_back(fd.n, st)
         if not self.driver.volatile:
@@ -432,18 +450,18 @@ class CopyUp(Placement):
         name = more.index if more is not None and more.index is not None else node.name
         return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=node.ldir.open().n)
 
-    def _open_source(self, node: Node) -> Fd:
-        """A read-only descriptor of the node's bytes, wherever they are."""
+    def _open_source(self, node: Node) -> OpenFile:
+        """The node's bytes, wherever they are, for reading."""
         more = node.more
         opened = self.files.get(node.id)
         if opened is not None:
             return opened
         if more is not None and more.data is not None:
-            ldir, name = more.data
-            return Fd(self._open_quiet(name, ldir))
+            redirected = self.driver.open_redirected(self, node, False)
+            return redirected or OpenFile(self._open_quiet(more.data[1], more.data[0]), False)
         if node.ldir.layer.writable or (more is not None and more.pin is not None):
-            return Fd(self._open_inode(node, os.O_RDONLY))
-        return Fd(self._open_quiet(node.name, node.ldir))
+            return OpenFile(self._open_inode(node, os.O_RDONLY), False)
+        return OpenFile(self._open_quiet(node.disk_name(), node.ldir), False)
 
     @staticmethod
     def _open_quiet(name: bytes, ldir: LDir) -> int:

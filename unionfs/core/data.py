@@ -109,7 +109,7 @@ class Data(Rename):
         elif node.ldir.layer.writable or (more is not None and more.pin is not None):
             f = self._open_upper(node, write)
         else:
-            f = OpenFile(self._open_quiet(node.name, node.ldir), False)
+            f = OpenFile(self._open_quiet(node.disk_name(), node.ldir), False)
         self._keep_file(node, f)
         return f
 
@@ -141,14 +141,15 @@ class Data(Rename):
 
     def fsync(self, nodeid: int, datasync: bool) -> None:
         node = self._node(nodeid)
-        if self.driver.volatile or not node.ldir.layer.writable or isinstance(node, Dir):
+        layer = node.ldir.layer
+        if self.driver.volatile or not (layer.writable or layer.frozen) or isinstance(node, Dir):
             return
         f = self.files.get(nodeid) or self._open_data(node, False)
         if f.plain:
             (os.fdatasync if datasync else os.fsync)(f.n)
             return
         f.sync(datasync)
-        whole = self.driver.settle(self, node, f)
+        whole = self.driver.settle(self, node, f) if layer.writable else None
         if whole is not None:
             self.files[nodeid] = whole
 
@@ -178,7 +179,7 @@ class Data(Rename):
         if self.driver.volatile or d.removed:
             return
         for ldir in d.ldirs:
-            if ldir.layer.writable:
+            if ldir.layer.writable or ldir.layer.frozen:
                 os.fsync(ldir.open().n)
 
     def syncfs(self) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from unionfs.core.base import OpenFile
     from unionfs.core.copyup import CopyUp
+    from unionfs.core.freeze import FreezingUnion
     from unionfs.core.nodes import Dir, Node
 
     # A name in one layer: its attributes, None (says nothing), False (a whiteout: look no further down).
@@ -43,11 +44,12 @@ NO_MARKS = Marks()
 class FileMarks:
     """What a file that was copied up says about itself."""
 
-    __slots__ = ("index", "index_delta", "ino", "metacopy", "nested_whiteout", "redirect")
+    __slots__ = ("index", "index_delta", "ino", "mapped", "metacopy", "nested_whiteout", "redirect")
 
     def __init__(self) -> None:
         self.ino: int | None = None  # st_ino to show
         self.metacopy = False  # the data is further down
+        self.mapped = False  # but for the part that this file has itself, which the driver knows
         self.redirect: bytes | None = None  # where, None: same path
         self.nested_whiteout = False  # users see the character device 0:0
         self.index: bytes | None = None  # its entry in the index
@@ -87,6 +89,7 @@ class Driver:
         self.quota: int | None = None  # bytes that the upper may hold
 
     live = False  # layers may change while mounted: `plan_layers`
+    freezes = False  # snapshots may be taken while mounted: unionfs/core/freeze.py
 
     def plan_layers(self, changes: list[list[Any]]) -> LayerPlan:
         """MountError where the changes don't fit; nothing has changed then."""
@@ -98,11 +101,19 @@ class Driver:
         """Which name of a directory an entry on disk says something of; b"": the directory itself; None: no name."""
         return name
 
+    def snapshot(self, core: FreezingUnion, action: str, arguments: dict[str, Any]) -> Any:
+        """An action of `unionfs snapshot` on the mounted union. MountError where it can't be done."""
+        raise NotImplementedError
+
     def start(self) -> None:
         """Called in the serving process before the first request."""
 
     def stop(self) -> None:
         """After the last request: release locks."""
+
+    def limited_paths(self) -> list[bytes]:
+        """The directories whose files count for a quota."""
+        return [self.layers[0].path]
 
     # --- reading ---
 
@@ -220,6 +231,10 @@ class Driver:
 
     def redirects_data(self, node: Node, st: os.stat_result, size: int | None) -> bool:
         """Writing to this file copies no more than the touched blocks. `size`: it is about to be cut to that length."""
+        return False
+
+    def holds_data(self, ldir: LDir, name: bytes) -> bool:
+        """A metacopy of a lower layer that has some of its data itself: one above it continues from it."""
         return False
 
     def open_redirected(self, core: CopyUp, node: Node, write: bool) -> OpenFile | None:

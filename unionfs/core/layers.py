@@ -39,13 +39,14 @@ class Fd:
 class Layer:
     """One branch of the union; index 0 is the topmost."""
 
-    __slots__ = ("attrs", "dev", "index", "path", "permission", "root", "st_dev", "uuid", "work", "writable")
+    __slots__ = ("attrs", "dev", "frozen", "index", "path", "permission", "root", "st_dev", "uuid", "work", "writable")
 
     def __init__(self, index: int, path: bytes, writable: bool, cache: FdCache) -> None:
         self.index = index
         self.path = path
         self.writable = writable
         self.permission = "rw" if writable else "ro"
+        self.frozen = False  # written by a mount until a snapshot was taken; it is never written again
         self.attrs: frozenset[str] = frozenset()
         fd = Fd(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
         self.root = LDir(self, None, b"", cache)

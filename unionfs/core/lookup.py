@@ -349,7 +349,7 @@ class Lookup(Base):
                     return None
                 if st:
                     marks = None if last else self.driver.file_marks(here, name)
-                    if marks is None or not marks.metacopy:
+                    if marks is None or not marks.metacopy or marks.mapped:
                         return here, name
                     if marks.redirect is not None:
                         target = marks.redirect
@@ -363,7 +363,7 @@ class Lookup(Base):
         parts: list[bytes] = []
         here: Dir | None = d
         while here is not None and here.parent is not None:
-            if here.redirect is not None:
+            if here.redirect is not None and here.ldir.layer.writable:  # else a snapshot froze it at its place
                 return here.redirect + b"".join(b"/" + part for part in reversed(parts))
             parts.append(here.name)
             here = here.parent

@@ -72,6 +72,11 @@ class Node:
         self.kind = kind  # S_IFMT bits
         self.more: More | None = None
 
+    def disk_name(self) -> bytes:
+        """Its name in `ldir`."""
+        more = self.more
+        return self.name if more is None or more.index is None else more.index
+
     def extra(self) -> More:
         more = self.more
         if more is None:

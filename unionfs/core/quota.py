@@ -17,6 +17,7 @@ from stat import S_ISREG
 from unionfs import sysio
 from unionfs.api import Attr, Changes, Entry
 from unionfs.core.base import OpenFile, fail
+from unionfs.core.freeze import FreezingUnion
 from unionfs.core.layers import LDir
 from unionfs.core.nodes import Dir, Node
 from unionfs.core.ops import UnionOperations
@@ -53,9 +54,15 @@ class LimitedUnion(UnionOperations):
         self.limit = driver.quota
         self._lock = threading.Lock()
         self._counted: dict[int, int] = {}  # node id: blocks of its upper inode when last seen
-        self.used = _tree_space(driver.layers[0].path)
+        self.space_changed()
 
     # --- the sum ---
+
+    def space_changed(self) -> None:
+        """Count anew: what snapshots hold counts too."""
+        used = sum(_tree_space(path) for path in self.driver.limited_paths())
+        with self._lock:
+            self.used = used
 
     def _charge(self, size: int) -> None:
         with self._lock:
@@ -201,6 +208,16 @@ class LimitedUnion(UnionOperations):
     def statistics(self) -> dict[str, Any]:
         free = max(0, self.limit - self.used)
         return {**super().statistics(), "quota": {"size": self.limit, "used": self.used, "available": free}}
+
+
+class LimitedFreezingUnion(LimitedUnion, FreezingUnion):
+    """A limit on an upper with snapshots: what is frozen stays counted, copies of it count again."""
+
+    def _close_files(self) -> dict[int, OpenFile]:
+        kept = super()._close_files()
+        with self._lock:
+            self._counted = {nodeid: blocks for nodeid, blocks in self._counted.items() if nodeid in kept}
+        return kept
 
 
 def _deleted(node: Node) -> bool:

@@ -41,7 +41,9 @@ class Removal(Create):
 
     def _index_first(self, node: Node) -> None:
         """A lower inode with several names goes to the index before one of them does: its link count has to be kept."""
-        if self.driver.index and not node.ldir.layer.writable and self._stat(node).st_nlink > 1:
+        if not self.driver.index or node.ldir.layer.writable:
+            return
+        if (node.more is not None and node.more.index is not None) or self._stat(node).st_nlink > 1:
             self.make_writable(node, data=False)
 
     def rmdir(self, parent: int, name: bytes) -> None:

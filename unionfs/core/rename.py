@@ -104,7 +104,7 @@ class Rename(Removal):
     def _prepare_dir(self, node: Dir, src: LDir, name: bytes, covered: bool) -> None:
         """Before a directory moves: what it merges with below must come along, what is below its new name must not."""
         if len(node.ldirs) > 1:
-            if node.redirect is None:
+            if node.redirect is None or not node.ldir.layer.writable:
                 path = self._path_below(node)
                 self.driver.set_redirect(src, name, path)
                 node.redirect = path

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "which": ("inspect_which", "which layer a path comes from"),
     "diff": ("diff", "what was added, changed and deleted; as an OCI layer too"),
     "branch": ("branch", "add, change or take away branches of a mounted union"),
+    "snapshot": ("snapshot", "snapshots of a row mount: take, list, roll back, clone, compare, send"),
     "row": ("row", "make an upper of the row driver a plain one, or draw a block map of it"),
     "fsck": ("fsck", "check the block maps of an upper that the row driver wrote"),
     "image": ("image", "bring images in: OCI layouts, docker save archives, plain tars"),

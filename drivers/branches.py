@@ -14,7 +14,7 @@ import time
 from unionfs.core.layers import Fd, FdCache, Layer, LDir, fd_path
 from unionfs.errors import EXIT_BUSY, EXIT_FORMAT, EXIT_LAYER, EXIT_PERMISSION, EXIT_USAGE, MountError
 
-ROW_STORE = b".wh..wh.row/maps"  # the row driver's, in an upper's root
+ROW_STORE = (b".wh..wh.row/maps", b".wh..wh.row/chain")  # the row driver's, in an upper's root
 LOCK_WAIT = 3.0  # seconds: a server that was just unmounted needs a moment to go away
 
 
@@ -82,10 +82,11 @@ def open_layer(index: int, path: bytes, role: str, writable: bool, cache: FdCach
         layer = Layer(index, path, writable, cache)
     except OSError as e:
         raise MountError(f"{role} {show(path)}: can't be opened: {e.strerror}", EXIT_PERMISSION) from None
-    if not maps and os.access(ROW_STORE, os.F_OK, dir_fd=layer.root.open().n, follow_symlinks=False):
+    root = layer.root.open().n
+    if not maps and any(os.access(path, os.F_OK, dir_fd=root, follow_symlinks=False) for path in ROW_STORE):
         raise MountError(
-            f"{role} {show(path)}: has block maps of the row driver, so some of its files are only partly there: mount "
-            "it as the upper of --driver row, or make it whole first: unionfs row flatten",
+            f"{role} {show(path)}: has block maps or snapshots of the row driver, so some of it is only partly "
+            "there: mount it as the upper of --driver row, or make it whole first: unionfs row flatten",
             EXIT_FORMAT,
         )
     return layer

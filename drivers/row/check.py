@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 
+from unionfs.errors import EXIT_FORMAT, MountError
+
 from .blockmap import DATA, HOLE, Base, BlockMap, MapError
+from .chain import Chain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,21 +42,24 @@ def ident_of(path: bytes) -> str | None:
 
 
 def redirected(upper: bytes) -> Iterator[tuple[bytes, str]]:
-    """(path, map id) of every redirected file."""
-    for directory, names, files in os.walk(upper):
-        if STORE in names:
-            names.remove(STORE)
-        for name in files:
-            path = os.path.join(directory, name)
-            ident = ident_of(path)
-            if ident is not None:
-                yield path, ident
+    """(path, map id) of every redirected file, those of frozen layers too."""
+    for top in (upper, os.path.join(upper, STORE, b"layers"), os.path.join(upper, STORE, b"index")):
+        for directory, names, files in os.walk(top):
+            if STORE in names:
+                names.remove(STORE)
+            for name in files:
+                path = os.path.join(directory, name)
+                ident = ident_of(path)
+                if ident is not None:
+                    yield path, ident
 
 
 def check(upper: bytes, repair: bool) -> list[Finding]:
+    from .snapshot_check import check_chain
+
+    findings = check_chain(upper, repair)
     maps = os.path.join(upper, STORE, b"maps")
     left = set(os.listdir(maps)) if os.path.isdir(maps) else set()
-    findings: list[Finding] = []
     seen: dict[str, tuple[int, int]] = {}
     for path, ident in redirected(upper):
         st = os.lstat(path)
@@ -67,6 +73,21 @@ def check(upper: bytes, repair: bool) -> list[Finding]:
             os.unlink(os.path.join(maps, name))
         findings.append(Finding(os.path.join(maps, name), "belongs to no file", False, repair))
     return findings
+
+
+def refuse_snapshots(upper: bytes) -> None:
+    """MountError where an upper is more than one layer."""
+    root = os.open(upper, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        chain = Chain.load(root)
+    finally:
+        os.close(root)
+    if len(chain.parents) > 1 or chain.base is not None:
+        raise MountError(
+            f"{os.fsdecode(upper)}: has snapshots, or is a clone: a plain upper is one layer; mount it and "
+            "copy what it shows, or delete the snapshots (unionfs snapshot delete)",
+            EXIT_FORMAT,
+        )
 
 
 def _check_map(maps: bytes, path: bytes, ident: str, size: int, repair: bool) -> list[Finding]:

@@ -40,6 +40,8 @@ class RowStack(OverlayDriver):
         self._maps_dirs: dict[LDir, LDir] = {}
         self._indexes: dict[Layer, tuple[LDir, set[bytes]]] = {}
         super().__init__(config)
+        if self.read_only and self._indexes:
+            self.index = True
 
     # --- opening ---
 
@@ -67,7 +69,7 @@ class RowStack(OverlayDriver):
             self._hand_over(upper, stack[0])
         self._arrange([*stack, *self.layers[1:]])
         for layer in stack:
-            if layer.frozen:
+            if layer.frozen or (self.read_only and self._numbers[layer]):
                 self._open_frozen_index(layer)
 
     def _open_own(self, number: int) -> Layer:
@@ -126,6 +128,8 @@ class RowStack(OverlayDriver):
                 pass  # a read-only original: it can't lose its layers either
 
     def _arrange(self, layers: list[Layer]) -> None:
+        for layer in self.layers:
+            layer.index = len(layers)  # what is dropped is below all others: its files can be copied up from there
         self.layers[:] = layers
         for i, layer in enumerate(layers):
             layer.index = i

@@ -10,6 +10,8 @@ Threads: called from a control thread, one change at a time, behind the gate.
 
 from __future__ import annotations
 
+import os
+
 from unionfs.api import Operations
 from unionfs.core.live import LiveUnion
 from unionfs.core.nodes import Dir, Node
@@ -61,6 +63,14 @@ class FreezingUnion(LiveUnion):
         if self.notifier is not None:
             for nodeid in [node.id for node in list(self.slots) if node is not None and not isinstance(node, Dir)]:
                 self.notifier.invalidate_inode(nodeid)
+
+    def _same(self, node: Node, ldir: Any, st: os.stat_result, name: bytes) -> bool:
+        """A hard link that a later generation has copied shows the copy, though its own inode is there too."""
+        if st.st_nlink > 1 and self.driver.index:
+            found = self.driver.index_find(ldir, name, st)
+            if found is not None:
+                return node.more is not None and found == (node.ldir, node.more.index)
+        return super()._same(node, ldir, st, name)
 
     def _close_files(self) -> dict[int, OpenFile]:
         """Data descriptors of what is frozen now are opened again, for reading, at the next use. What has no name is

@@ -68,6 +68,7 @@ def flatten(upper: bytes, lowers: list[bytes]) -> int:
     from unionfs import assemble
 
     check = import_module("unionfs_drivers.row.check")
+    check.refuse_snapshots(upper)
     config = MountConfig(b"/", driver="row")
     config.lowers, config.upper = lowers, upper
     config.work = upper.rstrip(b"/") + b".flatten"

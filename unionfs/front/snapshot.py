@@ -22,10 +22,7 @@ VERBS = {
     "list": (0, 0, ""),
     "rollback": (1, 1, "NAME"),
     "delete": (1, 1 << 10, "NAME..."),
-    "diff": (1, 2, "NAME [NAME]"),
     "clone": (2, 2, "NAME DIRECTORY"),
-    "send": (1, 2, "[FROM] NAME"),
-    "receive": (0, 1, "[NAME]"),
 }
 COMMAND = Command(
     "unionfs snapshot",
@@ -34,23 +31,17 @@ COMMAND = Command(
     "  list       the snapshots, oldest first\n"
     "  rollback   back to a snapshot: what changed since is dropped\n"
     "  delete     take snapshots away; what others need of them stays\n"
-    "  diff       what changed between a snapshot and another one, or now\n"
-    "  clone      a new upper directory that stands on a snapshot: mount it with the same lowers\n"
-    "  send       write a snapshot, or what changed since FROM, to standard output: changed blocks only\n"
-    "  receive    apply what was sent to a mount that has FROM as its newest snapshot, and take the snapshot there",
+    "  clone      a new upper directory that stands on a snapshot: mount it with the same lowers",
     [
-        Option("-j --json", "list, diff: as JSON"),
+        Option("-j --json", "list: as JSON"),
         Option("-s --space", "list: how much each takes on the disk, which looks at every file"),
         Option("--sync", "create: return when the snapshot would survive a power cut, not seconds before that"),
-        Option("-f --force", "receive: drop what changed here since FROM"),
-        Option("-l --lower", "lowers of an upper that is not mounted, for diff and send", "DIR[:DIR...]"),
     ],
     "VERB MOUNTPOINT|UPPER [NAME]...",
     2,
     1 << 10,
-    "create and receive need a mount.\n\n"
-    "Examples:\n  unionfs snapshot create merged before-upgrade\n  unionfs snapshot rollback merged before-upgrade\n"
-    "  unionfs snapshot send merged monday tuesday | ssh host unionfs snapshot receive /backup/merged",
+    "create needs a mount.\n\n"
+    "Examples:\n  unionfs snapshot create merged before-upgrade\n  unionfs snapshot rollback merged before-upgrade",
 )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from unionfs.store import mounting, servers
+from unionfs.store import layers, servers
 from unionfs.store.api import (
     Change,
     Exists,
@@ -249,7 +249,7 @@ def test_busy_mount_is_let_go(open_layers: Opener) -> None:
 
 
 def test_commit_waits_for_a_server_that_still_writes(open_layers: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounting, "_SERVER_WAIT", 0.2)
+    monkeypatch.setattr(layers, "SERVER_WAIT", 0.2)
     store = open_layers("overlay")
     store.create("a")
     path = store.get("a")
@@ -260,7 +260,7 @@ def test_commit_waits_for_a_server_that_still_writes(open_layers: Opener, monkey
     assert store.layer("a").kind == "active"
     stream.write("the end")
     stream.close()
-    monkeypatch.setattr(mounting, "_SERVER_WAIT", 60)
+    monkeypatch.setattr(layers, "SERVER_WAIT", 60)
     store.commit("a", "b")
     assert Path(store.branches("b")[0][0], "f").read_text() == "the end"
 

@@ -51,8 +51,11 @@ class Content(Mounting):
         row = self._row(id)
         chain = self._chain(row)
         base = chain[1:] if parent is None else self._chain(self._row(parent)) if parent else []
-        if row["refs"] and not self.backend.whole:
-            self._flush(os.path.join(chain[0], MERGED))
+        if not self.backend.whole and row["kind"] == "active":
+            if row["refs"]:
+                self._flush(os.path.join(chain[0], MERGED))
+            else:
+                self.server_ended(row, 1.0)
         return chain, self.backend.rows(chain, base)
 
     @staticmethod

@@ -42,6 +42,8 @@ from unionfs.store.base import OWN_ROOT, UNPACKING, failure, parse_size
 from unionfs.store.mounting import ID_MAPS
 from unionfs.store.upkeep import Upkeep
 
+SERVER_WAIT = 10.0  # seconds for a server that is unmounted to write its last
+
 
 class LayerStore(Upkeep):
     def create(
@@ -151,7 +153,8 @@ class LayerStore(Upkeep):
                 raise Exists(f"layer {new_id} exists")
             path = self._path(row)
             self._refuse_mounted(row, "commit")
-            self.wait_for_server(row)
+            if not self.server_ended(row, SERVER_WAIT):
+                raise InUse(f"layer {id}: a server of it is still at work: is it mounted elsewhere?")
             base = self._new_parent(row, parent) if parent else None
             try:
                 if base is not None and not json.loads(row["options"]).get(OWN_ROOT):
@@ -222,6 +225,7 @@ class LayerStore(Upkeep):
             path = self._path(row)
             if os.path.ismount(os.path.join(path, MERGED)):  # a busy one that was let go
                 servers.drop(os.path.join(path, MERGED))
+            self.server_ended(row, 0.25)  # what one still writes could be in the way
             self._discard(row["directory"])
         with self._guards_lock:
             self._guards.pop(row["num"], None)

@@ -13,12 +13,14 @@ import sqlite3
 import time
 from collections.abc import Mapping
 
+from unionfs.errors import MountError
+from unionfs.session.mount import detach_patiently
 from unionfs.store import servers
 from unionfs.store.api import InUse, StoreError
 from unionfs.store.backends import DIFF, MERGED
 from unionfs.store.base import Base
 
-_SERVER_WAIT = 10.0  # seconds
+_BUSY_WAIT = 2.0  # seconds that an unmount waits for open files before it is lazy
 ID_MAPS = frozenset({"uidmapping", "gidmapping"})  # options of a layer that its mounts get as they are
 
 
@@ -88,10 +90,10 @@ class Mounting(Base):
         path = os.path.join(self._path(row), MERGED)
         if not self.backend.whole and path in servers.mountpoints(self._path(row)):
             try:
-                self._servers.run(["umount", "--timeout", "2", "--", path])
-            except StoreError:  # busy, or its server is dead or not ours to see
+                detach_patiently(os.fsencode(path), _BUSY_WAIT)  # its server ends by itself: see `server_ended`
+            except MountError as error:
                 if path in servers.mountpoints(self._path(row)):
-                    servers.drop(path)
+                    raise StoreError(f"layer {row['id']}: {error}") from None
         self._set_refs(row, 0)
 
     def unmount_elsewhere(self, path: str) -> None:
@@ -103,23 +105,24 @@ class Mounting(Base):
         rows = self.db.rows("SELECT * FROM layers WHERE refs > 0 ORDER BY num")
         return {row["id"]: (os.path.join(self._path(row), inside), row["refs"]) for row in rows}
 
-    def wait_for_server(self, row: sqlite3.Row) -> None:
-        """A server that is unmounted still holds its upper's lock while it writes, or while a mount namespace that we
-        can't see has the mount: what is there then is not all there is. InUse if that takes long."""
-        if self.backend.whole:
-            return
-        fd = os.open(os.path.join(self._path(row), DIFF), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        deadline = time.monotonic() + _SERVER_WAIT
+    def server_ended(self, row: sqlite3.Row, patience: float) -> bool:
+        """A server that is unmounted still holds its upper's lock while it writes its last, or while a mount namespace
+        that we can't see has the mount. False: it still did after so many seconds."""
+        try:
+            fd = os.open(os.path.join(self._path(row), DIFF), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True  # a view has nothing of its own
+        deadline, pause = time.monotonic() + patience, 0.001
         try:
             while True:
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
+                    return True
                 except OSError:
                     if time.monotonic() > deadline:
-                        text = f"layer {row['id']}: a server of it is still at work: is it mounted elsewhere?"
-                        raise InUse(text) from None
-                time.sleep(0.02)
+                        return False
+                time.sleep(pause)
+                pause = min(pause * 2, 0.02)
         finally:
             os.close(fd)
 

@@ -43,6 +43,10 @@ class Plan:
         except BaseException:
             self.abandon()
             raise
+        self.closing = [
+            layer for layer in driver.writable
+            if layer in self.removed or self._modes.get(layer, ("rw",))[0] != "rw"
+        ]  # fmt: skip
 
     def _take(self, verb: str, position: int | None, path: bytes, mode: str) -> None:
         if verb not in VERBS:

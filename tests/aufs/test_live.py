@@ -145,6 +145,30 @@ def test_mod_to_read_only_and_back(make_aufs: Make, session: str) -> None:
     assert (u.base / "b" / in_b[1]).read_text() == "in place"
 
 
+def test_hard_links_of_a_branch_that_closes(make_aufs: Make, session: str) -> None:
+    """Names that were linked by way of a pseudo-link are real in it then, and still one file to who has it open."""
+    u = make_aufs(session=session)
+    u.branch_dir("low", {"d/f": "low"})
+    for name in ("g", "e h"):
+        os.link(u.base / "low/d/f", u.base / "low" / name)
+    u.mount("a=rw", "b=rw", "low=ro", options="cpup=bu")
+    names = ("d/f", "g", "e h")
+    with open(u / "g", "a") as g, open(u / "e h") as h:
+        g.write("+")
+        g.flush()
+        number = (u / "e h").stat().st_ino
+        for mode in ("ro", "rw", "ro"):
+            u.change(("mod", None, "b", mode))
+            assert {(u / name).read_text() for name in names} == {"low+"}
+            assert {((u / name).stat().st_ino, (u / name).stat().st_nlink) for name in names} == {(number, 3)}
+        assert h.read() == "low+"
+    assert not [name for name in os.listdir(u.base / "b") if name.startswith(".wh..wh.")]
+    assert {(u.base / "b" / name).read_text() for name in names} == {"low+"}
+    with open(u / "d/f", "a") as f:
+        f.write("+")
+    assert {(u / name).read_text() for name in names} == {"low++"}
+
+
 def test_remount_helper(make_aufs: Make) -> None:
     """aufs's own spellings, through the helper that mount(8) runs; left to right, all or nothing."""
     u = make_aufs()

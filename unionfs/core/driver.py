@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         layers: list[Layer]
         added: list[Layer]
         removed: list[Layer]
+        closing: list[Layer]  # writable now, and not afterwards
 
         def commit(self) -> None: ...
         def abandon(self) -> None: ...

@@ -19,7 +19,8 @@ from stat import S_ISDIR
 from time import monotonic, sleep
 
 from unionfs.api import Operations
-from unionfs.core.nodes import Dir, Node
+from unionfs.core.layers import Fd
+from unionfs.core.nodes import Dir, More, Node
 from unionfs.core.ops import UnionOperations
 from unionfs.errors import EXIT_BUSY, MountError, WouldBlock
 
@@ -119,16 +120,38 @@ class LiveUnion(UnionOperations):
         return Gate(self)
 
     def stop(self) -> None:
-        index = self.driver.index_rows()
-        if index:
-            from unionfs.core.links import link_all
-
-            try:
-                for directory, entry in link_all(self, index):
-                    self.driver.index_dissolved(directory, entry)
-            except OSError as e:  # they stay pseudo-links: to us the same
-                print(f"unionfs: hard links stay pseudo-links: {e}", file=sys.stderr)
+        try:
+            self._dissolve_index(self.driver.layers)
+        except OSError as e:  # they stay pseudo-links: to us the same
+            print(f"unionfs: hard links stay pseudo-links: {e}", file=sys.stderr)
         super().stop()
+
+    def _dissolve_index(self, layers: list[Layer]) -> None:
+        """Before layers are written no more: what was linked by way of the index gets all its names, and no index.
+
+        Precondition: no operation is running.
+        """
+        index = {entry: lacks for entry, lacks in self.driver.index_rows().items() if entry[0].layer in layers}
+        if not index:
+            return
+        from unionfs.core.links import link_all
+
+        for directory, name in link_all(self, index):
+            for node in list(self.slots):
+                if node is not None and node.more is not None and node.more.index == name and node.ldir is directory:
+                    self._leave_index(node, node.more)
+            self.driver.index_dissolved(directory, name)
+
+    def _leave_index(self, node: Node, more: More) -> None:
+        assert more.index is not None
+        layer = node.ldir.layer
+        if node.parent is None or more.unlinked:
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            more.pin = Fd(os.open(more.index, flags, dir_fd=node.ldir.open().n))
+        else:
+            node.ldir = self.ensure_dir(node.parent, layer)
+        more.index = None
+        more.nlink_delta = 0
 
     # --- what people ask for ---
 
@@ -143,6 +166,8 @@ class LiveUnion(UnionOperations):
                 for layer in plan.removed:
                     self._require_unused(layer)
                 with self.gate:
+                    if plan.closing:
+                        self._dissolve_index(plan.closing)
                     changed = self._apply(plan.layers, plan.commit)
             except BaseException:
                 plan.abandon()

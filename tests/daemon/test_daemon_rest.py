@@ -198,6 +198,11 @@ def test_openapi_describes_every_route(rest: Daemon) -> None:
     assert {"/version", "/info", "/layers", "/layers/{id}/mount", "/mounts", "/events", "/metrics"} <= set(
         spec["paths"]
     )
+    taken = spec["paths"]["/layers/{id}/content"]["put"]["requestBody"]["content"]
+    assert list(taken) == ["application/x-tar"]
+    for path, methods in spec["paths"].items():
+        for method, route in methods.items():
+            assert route["summary"] and "default" in route["responses"], (method, path)
 
 
 def test_names_that_are_not_utf8(running: Daemon) -> None:

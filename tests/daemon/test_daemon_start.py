@@ -16,6 +16,7 @@ from daemon_harness import Daemon, clean_environment, mounts_below, unionfs, wai
 
 from unionfs.daemon import choice
 from unionfs.daemon.config import read_config, read_file
+from unionfs.daemon.listen import PORT, TLS_PORT, split_tcp
 from unionfs.daemon.logs import LOG, Journal
 from unionfs.errors import EXIT_BUSY, EXIT_NO_FUSE, EXIT_USAGE, MountError
 from unionfs.front.cli import main
@@ -111,6 +112,23 @@ def test_addresses_that_can_not_be(daemon: Daemon, host: str, said: str) -> None
     assert not daemon.socket.exists()
 
 
+@pytest.mark.parametrize(
+    ("rest", "found"),
+    [
+        ("10.0.0.1:99", ("10.0.0.1", 99)),
+        ("10.0.0.1", ("10.0.0.1", PORT)),
+        (":99", ("127.0.0.1", 99)),
+        ("", ("127.0.0.1", PORT)),
+        ("[::1]:99", ("::1", 99)),
+        ("[::1]", ("::1", PORT)),
+        ("build.example.org", ("build.example.org", PORT)),
+    ],
+)
+def test_tcp_addresses(rest: str, found: tuple[str, int]) -> None:
+    assert split_tcp(rest, PORT) == found
+    assert (PORT, TLS_PORT) == (2375, 2376)
+
+
 def test_something_else_at_the_socket(daemon: Daemon) -> None:
     daemon.socket.write_text("mine")
     _, said = daemon.refuses()
@@ -194,6 +212,7 @@ def test_settings_from_file_and_environment(daemon: Daemon) -> None:
     file.write_text(f'storage-driver = "vfs"\nhost = ["{daemon.host}"]\nlog-level = "debug"\n')
     daemon.start("--config-file", file, hosts=(), UNIONFS_OPTS="--unmount-on-stop --storage-opt sync=off")
     info = daemon.curl("/info").json
+    assert "DEBUG   GET /info: 200\n" in daemon.log
     assert info["storage_driver"] == "vfs"
     assert info["chosen"] == f"named in {file}"
     assert ["Sync", "off"] in info["status"]

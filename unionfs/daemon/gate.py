@@ -12,6 +12,8 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from unionfs.daemon.logs import LOG
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -57,6 +59,7 @@ class Gate:
                 await self._app(scope, _limited(receive), watch)
         finally:
             self._count(scope["method"], status)
+            LOG.debug("%s %s: %d", scope["method"], scope["path"], status)
 
 
 def _refusal(scope: Scope) -> JSONResponse | None:

@@ -26,13 +26,12 @@ from unionfs.daemon.models import (
     UsageInfo,
 )
 from unionfs.daemon.progress import LINES, WorkResponse
-from unionfs.daemon.streams import AsciiJSON, download, upload
+from unionfs.daemon.streams import TAKES_TAR, TAR, AsciiJSON, download, upload
 from unionfs.daemon.tars import archive_source, layout_tar
 from unionfs.store.api import Invalid, Readable, Store, Usage
 from unionfs.store.containers import Container, Containers
 from unionfs.store.images import Image, Images, Progress
 
-TAR = "application/x-tar"
 _CHUNK = 1 << 20
 
 
@@ -44,7 +43,7 @@ def image_routes(images: Images, events: Events, scratch: str) -> APIRouter:
     def list_images() -> list[Image]:
         return images.all()
 
-    @router.post("/images", response_class=Response, responses={200: {"content": {LINES: {}}}})
+    @router.post("/images", response_class=Response, responses={200: {"content": {LINES: {}}}}, openapi_extra=TAKES_TAR)
     async def load_image(request: Request, name: str = "", tag: str = "") -> Response:
         """Loads an archive, the body: an OCI layout as tar, or what `docker save` writes. Answers with JSON lines: how
         far it is, then {"result": [images]} or {"message", "status"}."""
@@ -68,7 +67,7 @@ def image_routes(images: Images, events: Events, scratch: str) -> APIRouter:
 
         return WorkResponse(load)
 
-    @router.post("/images/import", response_model=ImageInfo, status_code=201)
+    @router.post("/images/import", response_model=ImageInfo, status_code=201, openapi_extra=TAKES_TAR)
     async def import_image(request: Request, name: str, config: str = "{}") -> Image:
         """An image of one layer from the tar of a whole tree, the body. `config`: the OCI config object as JSON."""
         try:

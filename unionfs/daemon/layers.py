@@ -15,10 +15,8 @@ from unionfs.daemon.models import (
     Relabel,
     UsageInfo,
 )
-from unionfs.daemon.streams import AsciiJSON, download, upload
+from unionfs.daemon.streams import TAKES_TAR, TAR, AsciiJSON, download, upload
 from unionfs.store.api import Applied, Layer, Store, Usage
-
-TAR = "application/x-tar"
 
 
 def layer_routes(store: Store) -> APIRouter:
@@ -52,7 +50,7 @@ def layer_routes(store: Store) -> APIRouter:
         """Freezes an active layer under a new id."""
         return store.commit(id, body.new_id, labels=body.labels)
 
-    @router.put("/layers/{id}/content", response_model=AppliedInfo)
+    @router.put("/layers/{id}/content", response_model=AppliedInfo, openapi_extra=TAKES_TAR)
     async def apply_tar(id: LayerId, request: Request) -> Applied:
         """Unpacks an OCI layer tar (plain, gzip, zstd), the body, into an active layer."""
         return await upload(request, lambda body: store.apply(id, body))

@@ -15,6 +15,11 @@ from unionfs.engines.graphdriver import Body, coalesced
 from unionfs.store.api import Readable
 
 T = TypeVar("T")
+TAR = "application/x-tar"
+# For OpenAPI: routes that take an archive read it themselves.
+TAKES_TAR: dict[str, Any] = {
+    "requestBody": {"required": True, "content": {TAR: {"schema": {"type": "string", "format": "binary"}}}}
+}
 
 
 async def upload(request: Request, work: Callable[[Readable], T]) -> T:

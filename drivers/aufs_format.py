@@ -104,7 +104,10 @@ class AufsFormat(Driver):
             if key == "ino":
                 marks.ino = int(value)
             elif key == "nlink":
-                marks.index_delta = int(value)
+                if value.startswith(b"L"):
+                    marks.lower_delta = int(value[1:])
+                else:
+                    marks.index_delta = int(value)
         return marks
 
     @staticmethod
@@ -280,8 +283,8 @@ class AufsFormat(Driver):
         os.unlink(entry, dir_fd=index.open().n)
         self.index_removed(index, entry)
 
-    def set_nlink_delta(self, path: bytes, delta: int) -> None:
-        self._note(path, "nlink", b"%d" % delta, b"/" not in path[14:])
+    def set_nlink_delta(self, path: bytes, delta: int, of_lower: bool = False) -> None:
+        self._note(path, "nlink", (b"L%d" if of_lower else b"%d") % delta, b"/" not in path[14:])
 
     # --- xattrs ---
 

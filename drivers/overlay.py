@@ -156,6 +156,16 @@ class OverlayDriver(OverlayMarks):
         self.index_entries = set(os.listdir(fd_path(self._index.open())))
         self.index = True
 
+    def take_over(self) -> None:
+        if self.read_only:
+            return
+        top = self.layers[0]
+        assert top.work is not None
+        branches.empty(top.work)
+        if self._index is not None:
+            self.index_entries = set(os.listdir(fd_path(self._index.open())))
+        self.marks(top.root)  # it may have become impure
+
     def stop(self) -> None:
         for ldir in (self._holder, *(layer.root for layer in self.layers)):
             if ldir is not None:

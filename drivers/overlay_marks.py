@@ -103,7 +103,8 @@ class OverlayMarks(Driver):
             elif key == "redirect":
                 marks.redirect = value
             elif key == "nlink":
-                marks.index_delta = _nlink_delta(value)
+                marks.index_delta = _nlink_delta(value, b"U")
+                marks.lower_delta = _nlink_delta(value, b"L")
             elif key == _NESTED:
                 marks.nested_whiteout = True
         if marks is not None and entry in self.index_entries_of(ldir.layer):
@@ -189,8 +190,9 @@ class OverlayMarks(Driver):
     def index_removed(self, index: LDir, entry: bytes) -> None:
         self.index_entries.discard(entry)
 
-    def set_nlink_delta(self, path: bytes, delta: int) -> None:
-        os.setxattr(path, self.prefix + "nlink", b"U%+d" % delta, follow_symlinks=b"/" not in path[14:])
+    def set_nlink_delta(self, path: bytes, delta: int, of_lower: bool = False) -> None:
+        value = (b"L%+d" if of_lower else b"U%+d") % delta
+        os.setxattr(path, self.prefix + "nlink", value, follow_symlinks=b"/" not in path[14:])
 
     # --- users' xattrs ---
 
@@ -219,9 +221,9 @@ def _key(name: str) -> str | None:
     return None
 
 
-def _nlink_delta(value: bytes) -> int | None:
+def _nlink_delta(value: bytes, kind: bytes) -> int | None:
     text = value[1:].decode("ascii", "replace")
-    if value[:1] == b"U" and text[:1] in "+-" and text[1:].isdigit():
+    if value[:1] == kind and text[:1] in "+-" and text[1:].isdigit():
         return int(text)
     return None
 

@@ -351,14 +351,19 @@ class CopyUp(Placement):
                 self.driver.publish(work, tmp, into, node.name, False)
                 return
             links = st.st_nlink + (node.more.nlink_delta if linked and node.more is not None else 0)
-            delta = links - 2  # two names in upper now: the index entry and this one
-            self.driver.set_nlink_delta(fd_path(work.open(), tmp), delta)
+            # While names come and go the count is that of the lower inode: true whenever we die.
+            self.driver.set_nlink_delta(fd_path(work.open(), tmp), links - st.st_nlink, of_lower=True)
             self._link_index(work, tmp, index, entry)
             try:
                 self.driver.publish(work, tmp, into, node.name, False)
             except BaseException:
                 os.unlink(entry, dir_fd=index.open().n)
                 raise
+            delta = links - 2  # two names in upper now: the index entry and this one
+            try:
+                self.driver.set_nlink_delta(fd_path(index.open(), entry), delta)
+            except OSError:
+                pass  # the mark that it has is right too
         self.driver.index_added(index, entry)
         more = node.extra()
         more.index = entry
@@ -407,11 +412,16 @@ class CopyUp(Placement):
             return into
         if self.driver.probe(into, name):
             return into
+        links = self._links(node)
+        self.table.correcting(node, links, links)
         with self._times_kept(into):
             os.link(more.index, name, src_dir_fd=node.ldir.open().n, dst_dir_fd=into.open().n, follow_symlinks=False)
         self._add_nlink_delta(node, -1)
         self._name_added(p, name, into, False, new=False)
         return into
+
+    def _links(self, node: Node) -> int:
+        return self._stat(node).st_nlink + node.extra().nlink_delta
 
     def _add_nlink_delta(self, node: Node, change: int) -> None:
         more = node.extra()

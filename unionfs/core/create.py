@@ -241,9 +241,10 @@ class Create(CopyUp):
         more = node.extra()
         if more.orphan:
             more.orphan = more.unlinked = False
-            more.pin = None
+            pin, more.pin = more.pin, None
             node.parent, node.name, node.ldir = p, name, ldir
             self.table.changed(node)
+            del pin  # not earlier: what is written down must be open
         else:
             more.aliases.append((p, name))
         if more.key is None:

@@ -44,7 +44,7 @@ NO_MARKS = Marks()
 class FileMarks:
     """What a file that was copied up says about itself."""
 
-    __slots__ = ("index", "index_delta", "ino", "mapped", "metacopy", "nested_whiteout", "redirect")
+    __slots__ = ("index", "index_delta", "ino", "lower_delta", "mapped", "metacopy", "nested_whiteout", "redirect")
 
     def __init__(self) -> None:
         self.ino: int | None = None  # st_ino to show
@@ -54,6 +54,7 @@ class FileMarks:
         self.nested_whiteout = False  # users see the character device 0:0
         self.index: bytes | None = None  # its entry in the index
         self.index_delta: int | None = None  # union's link count minus the real one
+        self.lower_delta: int | None = None  # union's link count minus that of the inode it was copied from
 
 
 if TYPE_CHECKING:
@@ -108,6 +109,10 @@ class Driver:
 
     def start(self) -> None:
         """Called in the serving process before the first request."""
+
+    def take_over(self) -> None:
+        """In place of another process that served these layers and died: remove its scratch, read again what it may
+        have changed since this driver opened them."""
 
     def stop(self) -> None:
         """After the last request: release locks."""
@@ -278,8 +283,8 @@ class Driver:
     def index_dissolved(self, index: LDir, entry: bytes) -> None:
         """All names of the inode are in its layer now: the entry goes."""
 
-    def set_nlink_delta(self, path: bytes, delta: int) -> None:
-        pass
+    def set_nlink_delta(self, path: bytes, delta: int, of_lower: bool = False) -> None:
+        """Note on an inode in the index what the union's link count is more than its own, or than the lower one's."""
 
     # --- xattrs and people ---
 

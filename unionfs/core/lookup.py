@@ -12,7 +12,7 @@ from stat import S_ISDIR
 
 from unionfs.api import Entry
 from unionfs.core.base import KINDS, LAYER_GONE, Base, fail
-from unionfs.core.layers import LDir
+from unionfs.core.layers import LDir, fd_path
 from unionfs.core.nodes import Dir, Node
 
 TYPE_CHECKING = False
@@ -152,13 +152,16 @@ class Lookup(Base):
             return
         if marks.ino is not None:
             node.ino = marks.ino
-        if marks.index_delta is not None:
+        if marks.index_delta is not None or marks.lower_delta is not None:
             more = node.extra()
-            more.nlink_delta = marks.index_delta
+            more.nlink_delta = marks.index_delta or 0
+            path = fd_path(node.ldir.open(), node.name)
             index = self.driver.index_dir(node.ldir.layer)
             if marks.index is not None and index is not None:
                 more.index = marks.index
                 node.ldir = index
+            if marks.lower_delta is not None:
+                self._end_in_flight(node, path, self._lower_links(node) + marks.lower_delta - st.st_nlink)
         if marks.nested_whiteout:
             node.extra().nested_whiteout = True
             node.kind = 0o020000
@@ -171,6 +174,21 @@ class Lookup(Base):
             if found is None:
                 raise fail(errno.EIO, node.name)  # the lower that holds the data is gone
             node.extra().data = found
+
+    def _end_in_flight(self, node: Node, path: bytes, delta: int) -> None:
+        """The link count was noted by the lower inode's, so that a copy-up could be cut short, and that was so."""
+        node.extra().nlink_delta = delta
+        if not self.driver.read_only and node.ldir.layer.writable:
+            self.driver.set_nlink_delta(path, delta)
+
+    def _lower_links(self, node: Node) -> int:
+        """How many links the inode has that this one was copied from: its first name is the one below it."""
+        assert node.parent is not None
+        path = self._path_below(node.parent) + b"/" + node.name
+        found = self._resolve_below(path, node.ldir.layer.index)
+        if found is None:
+            return 1
+        return os.stat(found[1], dir_fd=found[0].open().n, follow_symlinks=False).st_nlink
 
     # --- hard links ---
 
@@ -188,6 +206,7 @@ class Lookup(Base):
             node.parent, node.name = p, name
             if node.more is None or node.more.index is None:
                 node.ldir = ldir
+            self.table.changed(node)
         elif not (node.parent is p and node.name == name):
             node.extra().aliases.append((p, name))
         p.children[name] = node
@@ -202,9 +221,15 @@ class Lookup(Base):
             if more.index is None:  # found by a name in the upper layer first
                 more.index, known.ldir = entry, index
             return known
-        node = Node(p, name, index, self.ino_of(st), KINDS[st.st_mode & 0o170000])
+        node = self._new_indexed(p, name, ldir, st, index, entry, upper)
         self._register_link(node, upper)
         self.table.add(node)
+        return node
+
+    def _new_indexed(
+        self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result, index: LDir, entry: bytes, upper: os.stat_result
+    ) -> Node:
+        node = Node(p, name, index, self.ino_of(st), KINDS[st.st_mode & 0o170000])
         more = node.extra()
         more.index = entry
         marks = self.driver.file_marks(index, entry)
@@ -212,6 +237,9 @@ class Lookup(Base):
             if marks.ino is not None:
                 node.ino = marks.ino  # the lower name's own may be a copy too, with a number from further down
             more.nlink_delta = marks.index_delta or 0
+            if marks.lower_delta is not None:
+                path = fd_path(index.open(), entry)
+                self._end_in_flight(node, path, st.st_nlink + marks.lower_delta - upper.st_nlink)
             if marks.metacopy:
                 more.data = (ldir, name)
         return node

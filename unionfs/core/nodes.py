@@ -168,6 +168,7 @@ class NodeTable:
         if isinstance(node, Dir):
             self.merged_names -= self.merged.pop(node, 0)
         more = node.more
+        pin = None
         if more is not None:
             if more.key is not None and self.links.get(more.key) is node:
                 del self.links[more.key]
@@ -175,10 +176,11 @@ class NodeTable:
                 if parent.children.get(name) is node:
                     del parent.children[name]
                     self._reap(parent)
-            more.pin = None
+            pin, more.pin = more.pin, None
         self.slots[nodeid] = None
         self.counts[nodeid] = 0
         self.released(nodeid)
+        del pin  # not earlier: what is written down must be open
         self.free.append(nodeid)
         self.count -= 1
         parent_ = node.parent
@@ -199,6 +201,9 @@ class NodeTable:
 
     def released(self, nodeid: int) -> None:
         """The id is about to be free for another node."""
+
+    def correcting(self, node: Node, before: int, after: int) -> None:
+        """A name of an inode in the index is about to come or go, and then its mark: the union's count of links."""
 
     def forgotten(self, nodeid: int, nlookup: int) -> None:
         """FORGET of an id that has no node here."""

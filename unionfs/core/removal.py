@@ -32,8 +32,12 @@ class Removal(Create):
             else:
                 os.unlink(name, dir_fd=ldir.open().n)
         else:
+            indexed = node.more is not None and node.more.index is not None
+            if indexed:
+                links = self._links(node)
+                self.table.correcting(node, links, links - 1)
             self.driver.whiteout(ldir, name)
-            if node.more is not None and node.more.index is not None:
+            if indexed:
                 self._add_nlink_delta(node, -1)
         self._name_removed(p, name, covered, False)
         self._name_gone(p, name, node)

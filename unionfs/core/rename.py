@@ -67,6 +67,10 @@ class Rename(Removal):
             self._clear_target(q, newname, target, dst)
         if dst.impure is not True and not isinstance(node, Dir) and self._has_marks(node):
             self.driver.mark_impure(dst)
+        if only_below:
+            assert target is not None
+            links = self._links(target)
+            self.table.correcting(target, links, links - 1)
         self.driver.move(src, name, dst, newname, covered_src, isinstance(node, Dir))
         self._drop_whiteout(q, newname, dst)
         is_dir = isinstance(node, Dir)

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("inspect_status", "layers, caches and counters of a mount"),
     "which": ("inspect_which", "which layer a path comes from"),
     "diff": ("diff", "what was added, changed and deleted; as an OCI layer too"),
+    "upgrade": ("upgrade", "replace the server of a guarded mount by the code on disk, without unmounting"),
     "branch": ("branch", "add, change or take away branches of a mounted union"),
     "snapshot": ("snapshot", "snapshots of a row mount: take, list, roll back, clone, compare, send"),
     "row": ("row", "make an upper of the row driver a plain one, or draw a block map of it"),

@@ -8,7 +8,7 @@ import shlex
 from unionfs.daemon.config import CONFIG_FILE, SETTINGS, Config, read_config, read_file
 from unionfs.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, MountError
 from unionfs.front.args import Command, Option, Parsed, parse
-from unionfs.front.server import notify_systemd
+from unionfs.guard.systemd import notify
 
 COMMAND = Command(
     "unionfs daemon",
@@ -51,7 +51,7 @@ def run(parsed: Parsed) -> int:
         raise MountError(
             f"daemon: the Python package {error.name} is missing: pip install 'unionfs[daemon]'", EXIT_FAILURE
         ) from None
-    serve.run(config, notify_systemd)
+    serve.run(config, notify)
     return EXIT_OK
 
 

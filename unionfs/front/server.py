@@ -37,6 +37,12 @@ UNMOUNT_GRACE = 5.0  # seconds that SIGTERM waits for open files before it unmou
 
 def run(config: MountConfig) -> int:
     """Mounts and, unless in the foreground, leaves a server behind. Returns the exit code or raises MountError."""
+    if config.foreground and "guard" in config.options:
+        from unionfs.guard import systemd
+
+        kept = systemd.kept()
+        if kept is not None:  # the last supervisor of this unit died, and its mount lives on
+            return resume(config, *kept, pins=False)
     inherited = _open_descriptors()
     check_options(config, getattr(assemble.load_driver(config.driver), "options", {}))
     guarded = _guarded(config)
@@ -52,10 +58,11 @@ def run(config: MountConfig) -> int:
         ops.stop()
         _tidy_work(config.work, work_before)
         raise
+    serve = _serve_guarded if guarded else _serve
     if config.foreground:
         if log is not None:
             os.dup2(log, 2)
-        return _Server(config, ops, fd, _tell_systemd).run()
+        return serve(config, ops, fd, _notify_systemd)
 
     reader, writer = os.pipe()
     child = os.fork()
@@ -71,7 +78,7 @@ def run(config: MountConfig) -> int:
         os.setsid()
         os.chdir("/")
         _detach_from_caller(log, inherited)
-        code = (_serve_guarded if guarded else _serve)(config, ops, fd, _Teller(writer))
+        code = serve(config, ops, fd, _Teller(writer))
     finally:
         os._exit(code)  # never back into the caller's code
 
@@ -85,21 +92,44 @@ def _guarded(config: MountConfig) -> bool:
 
 
 def _serve(config: MountConfig, ops: Operations, fd: int | None, tell: Callable[[MountError | None], None]) -> int:
-    return _Server(config, ops, fd, tell).run()
+    return Server(config, ops, fd, tell).run()
 
 
 def _serve_guarded(
-    config: MountConfig, ops: Operations, fd: int | None, tell: Callable[[MountError | None], None]
+    config: MountConfig,
+    ops: Operations,
+    fd: int | None,
+    tell: Callable[[MountError | None], None],
+    journal_fd: int | None = None,
+    state_fd: int | None = None,
 ) -> int:
-    from unionfs.guard.supervisor import supervise
+    from unionfs.front.worker import Worker
+    from unionfs.guard.supervisor import Supervisor
 
-    def serve(make_session: Callable[..., Session], first: bool) -> int:
-        return _Server(config, ops, fd, tell if first else _tell_nobody, make_session).run()
+    assert fd is not None
 
-    code = supervise(config, ops, serve)
+    def serve(supervisor: Supervisor) -> int:
+        return Worker(supervisor, _tell_nobody if supervisor.device else tell).run()
+
+    code = Supervisor(config, ops, fd, serve, journal_fd, state_fd).run()
     if code != EXIT_OK:
         mount.detach(config.mountpoint, lazy=True)
     return code
+
+
+def resume(config: MountConfig, fd: int, journal: int, state: int, *, pins: bool) -> int:
+    """In place of a supervisor that is no more: the mount is there, and so is all that its workers wrote down.
+
+    `pins`: the descriptors of nameless files are ours, too.
+    """
+    from unionfs.guard.journal import Journal
+
+    if not pins:
+        Journal(journal).drop_pins()
+    ops = assemble.prepare(config)
+    if config.foreground:
+        _notify_systemd(None)
+    return _serve_guarded(config, ops, fd, _tell_nobody, journal, state)
 
 
 def _tell_nobody(problem: MountError | None) -> None:
@@ -178,7 +208,7 @@ def _refuse_inside_layer(config: MountConfig) -> None:
             )
 
 
-class _Server:
+class Server:
     """The serving process: its session, its control socket, its signals. `tell` gets what `_Teller` describes."""
 
     def __init__(
@@ -216,10 +246,7 @@ class _Server:
         except MountError as error:
             self._problem = error
         except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            self._problem = MountError(f"the server failed: {error!r}", EXIT_FAILURE)
+            self._on_failure(error)
         finally:
             if self._problem is not None:
                 self._drop_mount()
@@ -234,6 +261,12 @@ class _Server:
             return self._problem.code
         return EXIT_OK
 
+    def _on_failure(self, error: Exception) -> None:
+        import traceback
+
+        traceback.print_exc()
+        self._problem = MountError(f"the server failed: {error!r}", EXIT_FAILURE)
+
     def _on_ready(self) -> None:
         """Called by the session, maybe in the thread that answers: everything else happens in another one."""
         import threading
@@ -244,8 +277,7 @@ class _Server:
         from unionfs.front.control import sweep
 
         try:
-            os.statvfs(self._config.mountpoint)
-            device = os.stat(self._config.mountpoint).st_dev
+            device = self._device()
         except OSError as error:
             self._problem = MountError(
                 f"mounted on {show(self._config.mountpoint)}, but it does not answer: {error.strerror}", EXIT_FAILURE
@@ -261,15 +293,17 @@ class _Server:
             sweep(os.path.dirname(self._control.path))
             self._control.serve()
 
+    def _device(self) -> int:
+        """The mount's device number, when it answers."""
+        os.statvfs(self._config.mountpoint)
+        return os.stat(self._config.mountpoint).st_dev
+
     def _open_control(self, device: int) -> None:
         from unionfs.front.control import ControlServer, make_directory
-        from unionfs.front.verbs import common_verbs
 
         directory = make_directory()
         control = ControlServer()
-        verbs: dict[str, Any] = common_verbs(self._config, self._ops, self._session, self._started)
-        verbs.update(getattr(self._ops, "control_verbs", dict)())
-        for name, handler in verbs.items():
+        for name, handler in self._verbs().items():
             control.register(name, handler)
         control.bind(directory, device)
         self._control = control
@@ -279,6 +313,13 @@ class _Server:
             os.dup2(fd, 2)
             os.close(fd)
             self._own_log = log
+
+    def _verbs(self) -> dict[str, Any]:
+        from unionfs.front.verbs import common_verbs
+
+        verbs: dict[str, Any] = common_verbs(self._config, self._ops, self._session, self._started)
+        verbs.update(getattr(self._ops, "control_verbs", dict)())
+        return verbs
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """In the main thread, which may be the one that answers: the unmount waits for answers, so not here."""
@@ -321,25 +362,12 @@ class _Teller:
         self._pipe = -1
 
 
-def _tell_systemd(problem: MountError | None) -> None:
-    """In the foreground, for units of Type=notify."""
-    if problem is None:
-        notify_systemd(b"READY=1")
+def _notify_systemd(problem: MountError | None) -> None:
+    """In the foreground: for units of Type=notify."""
+    if problem is None and "NOTIFY_SOCKET" in os.environ:
+        from unionfs.guard import systemd
 
-
-def notify_systemd(state: bytes) -> None:
-    """sd_notify(3); nothing if no service manager waits for it."""
-    if address := os.environ.get("NOTIFY_SOCKET"):
-        import _socket
-
-        with_abstract = "\0" + address[1:] if address.startswith("@") else address
-        notifier = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM)
-        try:
-            notifier.sendto(state, with_abstract)
-        except OSError as error:
-            print(f"unionfs: NOTIFY_SOCKET {address}: {error.strerror}", file=sys.stderr)
-        finally:
-            notifier.close()
+        systemd.notify(b"READY=1")
 
 
 def _wait_until_ready(reader: int, child: int, config: MountConfig) -> None:

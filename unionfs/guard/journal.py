@@ -21,23 +21,32 @@ if TYPE_CHECKING:
     from typing import Any
 
 MAX_NODES = 1 << 22
-MAX_LANES = 257  # the dispatcher's and up to 256 slow ones
+SLOW_LANES = 256
+FAST_LANES = 8  # of the dispatcher, and of those who took its place while it was held up
 INLINE = 35  # bytes of a name in its record; longer ones have a place of their own
 
-# Words of the first page.
-NEXT, TORN, LAST_LANE = range(3)
+VERSION = 2  # of this layout: a successor of another one is refused
+
+# Words of the first page: the next new node id; the record being rewritten; slow lanes in use; the layout; requests
+# taken up so far; the device number of the mount; deaths of workers; the signal that killed the last one;
+# whether the layers are others than the supervisor's.
+NEXT, TORN, LAST_LANE, LAYOUT, BEAT, DEVICE, DEATHS, SIGNAL, STALE = range(9)
 
 # States of a node id; 0: free.
 LIVE, UNLINKED, ORPHAN, REMOVED, LINKED, LOWER = 1, 2, 4, 8, 16, 32
 
 RECORD = Struct(f"<QQIiHHB{INLINE}s")  # parent, ino, generation, pin, kind, layer, length of the name, its beginning
 PIN = Struct("<i")
+OPENS = Struct("<II")
 assert RECORD.size == 64
 
 _SCRATCH, _TERMS, _LANES = 3072, 3840, 4096
 _SLOW_REQUEST, _SLOW_REPLY = 12 << 10, 4 << 10
 _LANE_WORDS = 64
-DONE, LENGTH = 0, 1  # words of a lane
+# Words of a lane: the request whose reply is complete; the length of a slow one; what was there before a request and
+# which request that is; the node whose link count is being corrected and both counts; the request that its last
+# worker died in and how many did.
+DONE, LENGTH, PRIOR, PRIOR_OF, LINKS_NODE, LINKS, SUSPECT, TRIES = range(8)
 
 
 class Record:
@@ -74,7 +83,20 @@ class LaneBuffers:
         """The reply is made; it is sent next. Whoever answers that request again gives the same."""
         if reply is not None and len(reply) <= len(self.reply):
             self.reply[: len(reply)] = reply
+        self.words[LINKS_NODE] = 0
         self.words[DONE] = unique
+
+    def note(self, unique: int, prior: int) -> None:
+        """What decides, if this worker dies, whether that request has happened."""
+        self.words[PRIOR] = prior
+        self.words[PRIOR_OF] = unique
+
+    def prior(self, unique: int) -> int | None:
+        return self.words[PRIOR] if self.words[PRIOR_OF] == unique else None
+
+    def correcting(self, nodeid: int, before: int, after: int) -> None:
+        self.words[LINKS] = before << 32 | after
+        self.words[LINKS_NODE] = nodeid
 
 
 class Journal:
@@ -82,14 +104,15 @@ class Journal:
         self.fd = fd
         max_write = MAX_PAGES * PAGE
         lanes = _LANES
-        fast = _LANE_WORDS + 2 * (max_write + 4096)
+        fast = _LANE_WORDS + 2 * _page(max_write + 4096)
         slow = _LANE_WORDS + _SLOW_REQUEST + _SLOW_REPLY
-        at = _page(lanes + fast + (MAX_LANES - 1) * slow)
+        at = _page(lanes + FAST_LANES * fast + SLOW_LANES * slow)
         self._counts_at = at
         self._states_at = at + 4 * MAX_NODES
         self.records_at = self._states_at + MAX_NODES
         self._names_at = self.records_at + 64 * MAX_NODES
-        size = self._names_at + 256 * MAX_NODES
+        self._opens_at = self._names_at + 256 * MAX_NODES
+        size = self._opens_at + OPENS.size * MAX_NODES
         if os.fstat(fd).st_size < size:
             os.ftruncate(fd, size)
         self.map = mmap.mmap(fd, size)
@@ -97,15 +120,18 @@ class Journal:
         self.words = view[:_SCRATCH].cast("Q")
         self.counts = view[self._counts_at : self._states_at].cast("i")
         self.states = view[self._states_at : self.records_at]
-        self.fast = LaneBuffers(view, lanes, max_write + 4096, max_write + 4096)
-        lanes += fast
-        self._slow = [(lanes + i * slow) for i in range(MAX_LANES - 1)]
+        self.fast = [
+            LaneBuffers(view, lanes + i * fast, max_write + 4096, max_write + 4096) for i in range(FAST_LANES)
+        ]
+        lanes += FAST_LANES * fast
+        self._slow = [(lanes + i * slow) for i in range(SLOW_LANES)]
         self._view = view
 
     @classmethod
     def create(cls) -> Journal:
         journal = cls(os.memfd_create("unionfs-journal", os.MFD_CLOEXEC))
         journal.words[NEXT] = 2
+        journal.words[LAYOUT] = VERSION
         journal.states[1] = LIVE
         journal.counts[1] = 1
         return journal
@@ -125,6 +151,9 @@ class Journal:
         if number >= self.words[LAST_LANE]:
             self.words[LAST_LANE] = number + 1
         return LaneBuffers(self._view, self._slow[number], _SLOW_REQUEST, _SLOW_REPLY)
+
+    def lanes(self) -> list[LaneBuffers]:
+        return [*self.fast, *(self.lane(i) for i in range(self.words[LAST_LANE]))]
 
     # --- nodes ---
 
@@ -180,6 +209,21 @@ class Journal:
         """One aligned store."""
         PIN.pack_into(self.map, self.records_at + (nodeid << 6) + 20, pin)
 
+    def drop_pins(self) -> None:
+        """The descriptors died with their process: files that had no name are gone."""
+        self.mend()
+        for record in self.marked():
+            if record.pin >= 0:
+                self.set_pin(record.id, -1)
+
+    def opens(self, nodeid: int) -> tuple[int, int]:
+        """How often it is open, and by which backing id (passthrough)."""
+        count, backing = OPENS.unpack_from(self.map, self._opens_at + OPENS.size * nodeid)
+        return count, backing
+
+    def set_opens(self, nodeid: int, count: int, backing: int) -> None:
+        OPENS.pack_into(self.map, self._opens_at + OPENS.size * nodeid, count, backing)
+
     def generations(self, size: int) -> list[int]:
         """Each id's last one, whether free or not."""
         return self._view[self.records_at : self.records_at + 64 * size].cast("I")[4::16].tolist()
@@ -194,6 +238,14 @@ class Journal:
             if states[nodeid]:
                 found.setdefault(parents[nodeid], []).append(nodeid)
         return found
+
+    def claiming(self, parent: int, name: bytes) -> list[Record]:
+        """The records with that name: more than one where a rename was cut short."""
+        size = self.words[NEXT]
+        parents = self._view[self.records_at : self.records_at + 64 * size].cast("Q")[::8].tolist()
+        ids = (nodeid for nodeid in range(2, size) if parents[nodeid] == parent)
+        found = (record for nodeid in ids if (record := self.read(nodeid)) is not None)
+        return [record for record in found if record.name == name and not record.state & (UNLINKED | REMOVED | ORPHAN)]
 
     def marked(self) -> list[Record]:
         """Those that have a descriptor, several names or none: few."""

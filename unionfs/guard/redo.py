@@ -11,9 +11,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from _signal import SIGKILL  # type: ignore[import-not-found]
 from stat import S_IFCHR, S_ISDIR, S_ISLNK, S_ISREG
 
 from unionfs.guard import journal as j
+from unionfs.guard.dispatcher import ABSENT, NUMBER, PRESENT, XATTRS, has_xattr, rename_words
 from unionfs.guard.revive import Children
 from unionfs.sysio import RENAME_EXCHANGE, RENAME_WHITEOUT
 from unionfs.wire import abi, dispatch
@@ -22,26 +24,46 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from unionfs.core.nodes import Dir
     from unionfs.core.ops import UnionOperations
-    from unionfs.guard.journal import Journal
+    from unionfs.guard.dispatcher import GuardedDispatcher
+    from unionfs.guard.journal import Journal, LaneBuffers
     from unionfs.guard.revive import Revival
     from unionfs.guard.table import JournalTable
 
 # What changes names, or what the kernel knows: answered once.
 CREATES = frozenset((abi.MKNOD, abi.MKDIR, abi.SYMLINK, abi.CREATE))
-SETTLED = CREATES | {abi.TMPFILE, abi.LINK, abi.UNLINK, abi.RMDIR, abi.RENAME, abi.RENAME2}
+RENAMES = frozenset((abi.RENAME, abi.RENAME2))
+SETTLED = CREATES | RENAMES | {abi.TMPFILE, abi.LINK, abi.UNLINK, abi.RMDIR}
 FORGETS = frozenset((abi.FORGET, abi.BATCH_FORGET))
-KEPT = SETTLED | FORGETS | {
-    abi.LOOKUP, abi.READDIRPLUS, abi.SETXATTR, abi.REMOVEXATTR, abi.SETATTR, abi.WRITE, abi.FALLOCATE,
-    abi.COPY_FILE_RANGE, abi.COPY_FILE_RANGE_64, abi.OPEN, abi.RELEASE, abi.IOCTL,
+KEPT = SETTLED | FORGETS | XATTRS | {
+    abi.LOOKUP, abi.READDIRPLUS, abi.SETATTR, abi.WRITE, abi.FALLOCATE, abi.COPY_FILE_RANGE, abi.COPY_FILE_RANGE_64,
+    abi.OPEN, abi.RELEASE, abi.IOCTL,
 }  # fmt: skip
-NUMBER = abi.UNIQUE_RESEND - 1
 CARRIED = 128  # lanes from here on are for answers that a predecessor owed
+DEADLY = 3  # workers that died in one request: it gets EIO
+
+
+class Begun:
+    """A request that was begun and whose reply was not complete."""
+
+    __slots__ = ("bytes", "lane", "nodeid", "number", "opcode", "unique")
+
+    def __init__(self, lane: LaneBuffers, opcode: int, unique: int, nodeid: int, request: bytes) -> None:
+        self.lane = lane
+        self.opcode = opcode
+        self.unique = unique
+        self.number = unique & NUMBER
+        self.nodeid = nodeid
+        self.bytes = request
+
+    @property
+    def prior(self) -> int | None:
+        return self.lane.prior(self.number)
 
 
 class Redo:
     def __init__(
         self, ops: UnionOperations, table: JournalTable, journal: Journal, revival: Revival,
-        dispatcher: dispatch.Dispatcher,
+        dispatcher: GuardedDispatcher,
     ) -> None:  # fmt: skip
         self._ops = ops
         self._table = table
@@ -51,40 +73,53 @@ class Redo:
         self.answers: dict[int, bytes] = {}  # by the request's number
 
     def settle(self) -> None:
-        begun: dict[int, tuple[int, bytes]] = {}
+        begun: dict[int, Begun] = {}
         requests: dict[int, bytes] = {}
-        lanes = [self._journal.fast, *(self._journal.lane(i) for i in range(self._journal.words[j.LAST_LANE]))]
-        for at, lane in enumerate(lanes):
-            length, opcode, unique, _ = abi.IN_HEAD.unpack_from(lane.request)
-            if not length or (at and not lane.words[j.LENGTH]):
+        for lane in self._journal.lanes():
+            length, opcode, unique, nodeid = abi.IN_HEAD.unpack_from(lane.request)
+            if not length or not lane.words[j.LENGTH]:
                 continue
-            number = unique & NUMBER
-            requests[number] = bytes(lane.request[: min(length, len(lane.request))])
+            request = bytes(lane.request[: min(length, len(lane.request))])
+            requests[unique & NUMBER] = request
             if lane.words[j.DONE] == unique:
-                self._keep(number, bytes(lane.reply[: abi.U32.unpack_from(lane.reply)[0]]))
+                if opcode in KEPT:
+                    self._keep(unique & NUMBER, bytes(lane.reply[: abi.U32.unpack_from(lane.reply)[0]]))
                 continue
-            if opcode in SETTLED or opcode in FORGETS:
-                begun[number] = (opcode, bytes(lane.request[:length]))
+            begun[unique & NUMBER] = Begun(lane, opcode, unique, nodeid, request)
         # Renames first: the others' names are looked up in directories that they may have moved.
-        for number, (opcode, request) in sorted(
-            begun.items(), key=lambda item: (item[1][0] not in (abi.RENAME, abi.RENAME2), item[0])
-        ):
-            if number not in self.answers:
-                self._settle(number, opcode, request)
+        for one in sorted(begun.values(), key=lambda one: (one.opcode not in RENAMES, one.number)):
+            if one.number not in self.answers:
+                self._settle(one)
         self._revival.revive_marked()
         self._carry(requests)
+        self._revival.prune()
 
     def _carry(self, requests: dict[int, bytes]) -> None:
         """This worker may die too before it has given these answers: they have lanes of their own."""
-        for at in range(CARRIED):
-            self._journal.lane(at).words[j.LENGTH] = 0
-        for at, (number, answer) in enumerate([*self.answers.items()][: j.MAX_LANES - 1 - CARRIED]):
+        free: list[LaneBuffers] = []
+        carried: set[int] = set()
+        for at in range(CARRIED, j.SLOW_LANES):
+            lane = self._journal.lane(at)
+            number = abi.IN_HEAD.unpack_from(lane.request)[2] if lane.words[j.LENGTH] else None
+            if number is not None and number in self.answers and lane.words[j.DONE] == number:
+                carried.add(number)
+            else:
+                free.append(lane)
+            if len(free) >= len(self.answers):
+                break
+        for number, answer in self.answers.items():
+            if number in carried or not free:
+                continue
             request, reply = bytearray(requests[number]), bytearray(answer)
             for message in (request, reply):
                 abi.U64.pack_into(message, 8, number)
-            lane = self._journal.lane(CARRIED + at)
-            lane.begin(bytes(request))
+            lane = free.pop()
             lane.keep(number, reply)
+            lane.begin(bytes(request))
+        for at in range(min(CARRIED, self._journal.words[j.LAST_LANE])):
+            self._journal.lane(at).words[j.LENGTH] = 0
+        for fast in self._journal.fast:
+            fast.words[j.LENGTH] = 0
 
     def clear(self) -> None:
         """All that was sent again has come."""
@@ -95,28 +130,91 @@ class Redo:
         if len(reply) >= 16 and abi.OUT_HEADER.unpack_from(reply)[2] & NUMBER == number:
             self.answers[number] = reply
 
-    def _settle(self, number: int, opcode: int, request: bytes) -> None:
-        _, _, unique, nodeid = abi.IN_HEAD.unpack_from(request)
-        if opcode in FORGETS:
-            self._forget(opcode, nodeid, request)
+    def _settle(self, one: Begun) -> None:
+        if one.opcode in FORGETS:
+            self._forget(one.opcode, one.nodeid, one.bytes)
+            return
+        if self._deadly(one):
+            self.answers[one.number] = dispatch.error_reply(one.unique, errno.EIO)
             return
         done: bytes | None = None
         try:
-            if opcode in CREATES:
-                self._create(opcode, nodeid, request)
-            elif opcode == abi.LINK:
-                done = self._link(unique, nodeid, request)
-            elif opcode in (abi.UNLINK, abi.RMDIR):
-                if self._ops._find(self._revival.directory(nodeid), request[40:-1]) is None:
-                    done = abi.OUT_HEADER.pack(16, 0, unique)
-            elif self._renamed(opcode, nodeid, request):
-                done = abi.OUT_HEADER.pack(16, 0, unique)
+            done = self._outcome(one)
+            self._correct_links(one, done is not None)
         except OSError as error:
             if error.errno != errno.ESTALE:
-                print(f"unionfs: {dispatch.NAMES[opcode]} can't be settled: {error}", file=sys.stderr)
-                self.answers[number] = dispatch.error_reply(unique, errno.EIO)
+                print(f"unionfs: {dispatch.NAMES[one.opcode]} can't be settled: {error}", file=sys.stderr)
+                self.answers[one.number] = dispatch.error_reply(one.unique, errno.EIO)
                 return
-        self.answers[number] = done or self.run(opcode, unique, nodeid, request)
+        if done is None and one.opcode in SETTLED:
+            done = self.run(one.opcode, one.unique, one.nodeid, one.bytes)
+        if done is not None:
+            self.answers[one.number] = done
+
+    def _deadly(self, one: Begun) -> bool:
+        """It has been one worker's crash after the other: nobody else shall die of it."""
+        if self._journal.words[j.SIGNAL] == SIGKILL:  # from outside
+            return False
+        words = one.lane.words
+        words[j.TRIES] = words[j.TRIES] + 1 if words[j.SUSPECT] == one.number else 1
+        words[j.SUSPECT] = one.number
+        if words[j.TRIES] < DEADLY:
+            return False
+        name = dispatch.NAMES.get(one.opcode, f"opcode {one.opcode}")
+        print(f"unionfs: {DEADLY} workers died in {name} of node {one.nodeid}: it is answered EIO", file=sys.stderr)
+        return True
+
+    def _outcome(self, one: Begun) -> bytes | None:
+        """The reply to what has happened; None: it has to be run, again or at all."""
+        opcode, nodeid, request = one.opcode, one.nodeid, one.bytes
+        if opcode in CREATES:
+            self._create(opcode, nodeid, request)
+            return None
+        if opcode == abi.LINK:
+            return self._link(one.unique, nodeid, request)
+        if opcode in (abi.UNLINK, abi.RMDIR):
+            happened = self._ops._find(self._revival.directory(nodeid), request[40:-1]) is None
+        elif opcode in RENAMES:
+            happened = self._renamed(one)
+        elif opcode in XATTRS:
+            happened = self._xattr(one)
+        else:
+            if opcode in (abi.OPEN, abi.RELEASE) and one.prior is not None:
+                self._journal.set_opens(nodeid, one.prior, self._journal.opens(nodeid)[1])
+            return None
+        return abi.OUT_HEADER.pack(16, 0, one.unique) if happened else None
+
+    def _correct_links(self, one: Begun, happened: bool) -> None:
+        """The count of links of an inode in the index: between a change of its names and that of its mark."""
+        nodeid = one.lane.words[j.LINKS_NODE]
+        if not nodeid or self._journal.read(nodeid) is None:
+            return
+        before, after = divmod(one.lane.words[j.LINKS], 1 << 32)
+        node = self._ops._node(nodeid)
+        more = node.extra()
+        links = after if happened else before
+        change = links - self._ops._stat(node).st_nlink - more.nlink_delta
+        self._ops._add_nlink_delta(node, change)
+        one.lane.words[j.LINKS_NODE] = 0
+        if links <= 0:
+            self._ops._last_name_gone(node)
+
+    def _xattr(self, one: Begun) -> bool:
+        prior = one.prior
+        if prior is None:
+            return False
+        start = 40 if one.opcode == abi.REMOVEXATTR else self._dispatcher.setxattr_start
+        name = one.bytes[start : one.bytes.index(b"\0", start)]
+        there = has_xattr(self._ops, one.nodeid, name)
+        if one.opcode == abi.REMOVEXATTR:
+            return prior == PRESENT and not there
+        if prior != ABSENT or not there:
+            return False
+        # Made again, whether all of it was written or not: but it must not be "new" any more.
+        request = bytearray(one.bytes)
+        abi.U32.pack_into(request, 44, 0)
+        self.answers[one.number] = self.run(one.opcode, one.unique, one.nodeid, bytes(request))
+        return False
 
     def run(self, opcode: int, unique: int, nodeid: int, request: bytes) -> bytes:
         self._dispatcher.load(request)
@@ -191,10 +289,11 @@ class Redo:
         more = node.extra()
         if more.orphan:
             more.orphan = more.unlinked = False
-            more.pin = None
+            pin, more.pin = more.pin, None
             node.parent, node.name, node.ldir = p, name, found[0]
             p.children[name] = node
             self._table.changed(node)
+            del pin
         if more.key is None:
             self._ops._register_link(node, st)
         entry = self._ops.lookup(parent, name)
@@ -202,27 +301,21 @@ class Redo:
 
     # --- rename ---
 
-    def _renamed(self, opcode: int, parent: int, request: bytes) -> bool:
+    def _renamed(self, one: Begun) -> bool:
         """Whether it happened; then the records say so too."""
-        if opcode == abi.RENAME:
-            (newparent,), flags, start = abi.U64.unpack_from(request, 40), 0, 48
-        else:
-            (newparent, flags, _), start = abi.RENAME2_IN.unpack_from(request, 40), 56
-        name, newname, _ = request[start:].split(b"\0")
-        p, q = self._revival.directory(parent), self._revival.directory(newparent)
-        source, target = self._ops._find(p, name), self._ops._find(q, newname)
+        newparent, flags, name, newname = rename_words(one.opcode, one.bytes)
+        p, q = self._revival.directory(one.nodeid), self._revival.directory(newparent)
         if flags & RENAME_EXCHANGE:
-            return self._exchanged(p, name, q, newname)
-        nodeid = self._revival.find(parent, name)
-        moved = self._revival.find(newparent, newname)
+            return self._exchanged(one, p, name, q, newname)
+        source, target = self._ops._find(p, name), self._ops._find(q, newname)
         if target is None or (source is not None and not self._is_new(source)):
             return False
-        if nodeid is not None:
-            self._put(nodeid, p, name, q, newname)
-        elif moved is None:
-            return False
+        for record in self._journal.claiming(p.id, name):
+            if isinstance(p.children, Children):
+                p.children.waiting.pop(name, None)
+            self._put(record, q, newname)
         if flags & RENAME_WHITEOUT and source is None:
-            made = self._ops.mknod(parent, name, S_IFCHR, 0, 0, self._ops.fsuid, self._ops.fsgid)
+            made = self._ops.mknod(one.nodeid, name, S_IFCHR, 0, 0, self._ops.fsuid, self._ops.fsgid)
             self._ops.forget(made[0], 1)
         return True
 
@@ -230,33 +323,35 @@ class Redo:
         """What is at the old name is the whiteout that a stacked overlay asked for, made after the move."""
         return bool(S_ISREG(found[1].st_mode) and found[1].st_size == 0 and found[1].st_mode & 0o777 == 0)
 
-    def _put(self, nodeid: int, p: Dir, name: bytes, q: Dir, newname: bytes) -> None:
-        record = self._journal.read(nodeid)
-        if record is None:
-            return
+    def _put(self, record: j.Record, q: Dir, newname: bytes) -> None:
+        """The node is known by that name from now on."""
         self._journal.rewrite(
-            nodeid, record.state, q.id, record.ino, record.generation, record.pin, record.kind, record.layer, newname
+            record.id, record.state, q.id, record.ino, record.generation, record.pin, record.kind, record.layer, newname
         )
-        if isinstance(p.children, Children) and p.children.waiting.get(name) == nodeid:
-            del p.children.waiting[name]
         if not isinstance(q.children, Children):
             children = Children({}, self._revival)
             children.update(q.children)
             q.children = children
-        q.children.waiting[newname] = nodeid
+        q.children.waiting[newname] = record.id
 
-    def _exchanged(self, p: Dir, name: bytes, q: Dir, newname: bytes) -> bool:
-        """The names tell nothing of a swap, and the records may be a step behind: they are put right, but whether it
-        was this request that swapped is not known."""
-        ids = [self._revival.find(p.id, name), self._revival.find(q.id, newname)]
-        records = [record for nodeid in ids if nodeid and (record := self._journal.read(nodeid)) is not None]
-        for d, its_name in ((p, name), (q, newname)):
-            found = self._ops._find(d, its_name)
-            if found is None:
-                continue
-            ino = self._revival.build(d, its_name, *found).ino
-            for record in records:
-                if record.ino == ino and (record.parent, record.name) != (d.id, its_name):
-                    origin = self._revival.directory(record.parent)
-                    self._put(record.id, origin, record.name, d, its_name)
-        raise OSError(errno.EIO, "interrupted exchange")
+    def _exchanged(self, one: Begun, p: Dir, name: bytes, q: Dir, newname: bytes) -> bool:
+        """The names tell nothing of a swap; what was at the first one before it was begun does."""
+        here = self._ino_at(p, name)
+        happened = one.prior is not None and here != one.prior
+        if not happened:
+            return False
+        places = {one.prior: (q, newname), here: (p, name)}
+        records = self._journal.claiming(p.id, name) + self._journal.claiming(q.id, newname)
+        for d, its_name in places.values():
+            if isinstance(d.children, Children):
+                d.children.waiting.pop(its_name, None)
+        for record in records:
+            if record.ino in places:
+                self._put(record, *places[record.ino])
+        return True
+
+    def _ino_at(self, d: Dir, name: bytes) -> int:
+        found = self._ops._find(d, name)
+        if found is None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return self._revival.build(d, name, *found).ino

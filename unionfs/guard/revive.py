@@ -12,7 +12,7 @@ import os
 import threading
 from stat import S_IFMT, S_ISDIR
 
-from unionfs.core.layers import Fd, LDir
+from unionfs.core.layers import Fd, Layer, LDir, fd_path
 from unionfs.core.nodes import Dir, Node
 from unionfs.guard import journal as j
 
@@ -101,10 +101,10 @@ class Revival:
             node = None
         with self._lock:
             children.waiting.pop(name, None)
-        if node is None or (node.more is not None and node.more.unlinked):
+        if node is None or self._nameless(node):
             return None
-        if isinstance(node, Dir) and node.removed:
-            return None
+        if node.parent is None or node.parent.children is not children or node.name != name:
+            return None  # known by another of its names
         return dict.setdefault(children, name, node)
 
     def node(self, nodeid: int) -> Node:
@@ -121,6 +121,10 @@ class Revival:
             self._table.place(node, nodeid)
             if node.more is not None and node.more.key is not None:
                 self._table.links.setdefault(node.more.key, node)
+            opens, backing = self._journal.opens(nodeid)
+            if opens:
+                more = node.extra()
+                more.opens, more.backed = opens, backing > 0
             if isinstance(node, Dir):
                 node.children = self._children(node)
             if node.parent is not None and not self._nameless(node):
@@ -158,6 +162,17 @@ class Revival:
                 os.close(record.pin)
             self._table.free.append(nodeid)
 
+    def prune(self) -> None:
+        """What the kernel does not know, and no other record needs: a request of the dead worker had looked it up."""
+        journal = self._journal
+        counts = journal.counts[: journal.words[j.NEXT]].tolist()
+        for nodeid in (nodeid for nodeid in range(2, len(counts)) if counts[nodeid] <= 0):
+            node = self._ops.slots[nodeid]
+            if node is not None:
+                self._ops._settle(node)
+            elif journal.states[nodeid]:
+                self.forget(nodeid, 0)
+
     # --- making a node ---
 
     def _make(self, record: Record) -> Node:
@@ -165,17 +180,17 @@ class Revival:
             return self._by_descriptor(record)
         p = self.directory(record.parent)
         found = None if p.removed else self._ops._find(p, record.name)
-        if found is not None and record.pin >= 0 and not self._same(record, *found):
-            found = None
-        if found is None or S_IFMT(found[1].st_mode) != self._kind_on_disk(record):
-            if record.pin >= 0:
-                return self._by_descriptor(record)
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if found is not None and S_IFMT(found[1].st_mode) == self._kind_on_disk(record):
+            node = self.build(p, record.name, *found)
+            if record.pin < 0:
+                return node
+            if self._same(record, node, found[0]):
+                self._journal.set_pin(record.id, -1)
+                os.close(record.pin)
+                return node
         if record.pin >= 0:
-            self._journal.set_pin(record.id, -1)
-            os.close(record.pin)
-        node = self.build(p, record.name, *found)
-        return node
+            return self._by_descriptor(record)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def _kind_on_disk(self, record: Record) -> int:
         if record.kind != 0o020000:
@@ -184,12 +199,10 @@ class Revival:
         found = self._ops._find(p, record.name)  # a nested whiteout is a file that users see as a device
         return S_IFMT(found[1].st_mode) if found is not None else record.kind
 
-    def _same(self, record: Record, ldir: LDir, st: os.stat_result) -> bool:
+    def _same(self, record: Record, node: Node, ldir: LDir) -> bool:
         held = os.fstat(record.pin)
-        if record.state & j.LOWER:
-            there = os.fstat(ldir.open().n)
-            return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
-        return (st.st_dev, st.st_ino) == (held.st_dev, held.st_ino)
+        there = os.fstat(ldir.open().n) if record.state & j.LOWER else self._ops._stat(node)
+        return (there.st_dev, there.st_ino) == (held.st_dev, held.st_ino)
 
     def build(self, p: Dir, name: bytes, ldir: LDir, st: os.stat_result) -> Node:
         """What a lookup of that name finds, in no table yet."""
@@ -200,20 +213,13 @@ class Revival:
         if entry is not None and not ldir.layer.writable:
             index, its_name = entry
             upper = os.stat(its_name, dir_fd=index.open().n, follow_symlinks=False)
-            node = Node(p, name, index, ops.ino_of(st), S_IFMT(st.st_mode))
-            more = node.extra()
-            more.index = its_name
-            marks = ops.driver.file_marks(index, its_name)
-            if marks is not None:
-                more.nlink_delta = marks.index_delta or 0
-                if marks.metacopy:
-                    more.data = (ldir, name)
+            node = ops._new_indexed(p, name, ldir, st, index, its_name, upper)
             st = upper
         else:
             node = Node(p, name, ldir, ops.ino_of(st), S_IFMT(st.st_mode))
             if ldir.impure is not False and ldir.layer.index < ops.bottom:
                 ops._read_file_marks(node, st)
-        if st.st_nlink > 1:
+        if st.st_nlink > 1 or (node.more is not None and node.more.index is not None):
             node.extra().key = (st.st_dev, st.st_ino)
         return node
 
@@ -239,12 +245,30 @@ class Revival:
             more.unlinked = True
             return node
         ldir = layer.root if layer.work is None else layer.work
-        node = Node(above, record.name, ldir, record.ino, record.kind)
+        node = Node(None, b"", ldir, record.ino, record.kind)  # until another name of it is looked up
         more = node.extra()
         more.pin = Fd(record.pin)
-        more.unlinked = os.fstat(record.pin).st_nlink == 0 or bool(record.state & j.UNLINKED)
+        held = os.fstat(record.pin)
+        self._find_in_index(node, layer, held)
+        more.unlinked = held.st_nlink + more.nlink_delta <= 0 or bool(record.state & j.UNLINKED)
         more.orphan = bool(record.state & j.ORPHAN)
+        if not more.unlinked:
+            more.key = (held.st_dev, held.st_ino)
         return node
+
+    def _find_in_index(self, node: Node, layer: Layer, held: os.stat_result) -> None:
+        driver = self._ops.driver
+        index = driver.index_dir(layer) if held.st_nlink else None
+        if index is None:
+            return
+        for entry in os.listdir(fd_path(index.open())):
+            st = os.stat(entry, dir_fd=index.open().n, follow_symlinks=False)
+            if (st.st_dev, st.st_ino) == (held.st_dev, held.st_ino):
+                more = node.extra()
+                more.index, node.ldir = entry, index
+                marks = driver.file_marks(index, entry)
+                more.nlink_delta = marks.index_delta or 0 if marks is not None else 0
+                return
 
     def revive_marked(self) -> None:
         """What can't wait: inodes with several names (any of them leads to the node), and those between two states."""

@@ -20,14 +20,18 @@ from unionfs.guard import journal as j
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from unionfs.guard.journal import Journal
     from unionfs.guard.revive import Revival
 
 
 class JournalTable(NodeTable):
-    def __init__(self, root: Dir, journal: Journal) -> None:
+    def __init__(self, root: Dir, journal: Journal, lanes: Any) -> None:
+        """`lanes`: the core's; `lanes.journal` is the lane of the journal that the thread answers by."""
         super().__init__(root)
         self._journal = journal
+        self.lanes = lanes
         self._states = journal.states
         self.counts = journal.counts
         self._lock = threading.RLock()
@@ -59,6 +63,8 @@ class JournalTable(NodeTable):
 
     def released(self, nodeid: int) -> None:
         self._states[nodeid] = 0
+        if self._journal.opens(nodeid)[0]:
+            self._journal.set_opens(nodeid, 0, 0)
         self._kept.pop(nodeid, None)
 
     @staticmethod
@@ -86,11 +92,11 @@ class JournalTable(NodeTable):
             self._states[node.id] = self._state(node)
             return
         with self._lock:
-            if kept is not None and more is not None and (more.pin is not None or not more.unlinked):
-                del self._kept[node.id]  # copied up, or it has a name again
-                kept = None
+            over = kept is not None and more is not None and (more.pin is not None or not more.unlinked)
             parent = node.parent
-            self._rewrite(node, parent.id if parent is not None else 0, node.name, kept)
+            self._rewrite(node, parent.id if parent is not None else 0, node.name, None if over else kept)
+            if over:
+                del self._kept[node.id]  # copied up, or it has a name again
 
     def leaving(self, node: Node, parent: Dir, name: bytes) -> None:
         if not node.id:
@@ -113,6 +119,11 @@ class JournalTable(NodeTable):
             kept = self._kept[node.id] = Fd(os.dup(node.ldir.open().n))
             own = node.parent
             self._rewrite(node, own.id if own is not None else 0, node.name, kept)
+
+    def correcting(self, node: Node, before: int, after: int) -> None:
+        lane = getattr(self.lanes, "journal", None)
+        if lane is not None:
+            lane.correcting(node.id, before, after)
 
     def _rewrite(self, node: Node, parent: int, name: bytes, kept: Fd | None) -> None:
         more = node.more

@@ -82,9 +82,9 @@ class OverlayDriver(OverlayMarks):
         if config.upper is not None:
             upper = branches.check_directory(config.upper, "upper")
             roles.append(("upper", config.upper))
-            assert config.work is not None
-            roles.append(("work", config.work))
-            self._check_work(config.work, upper)
+            if config.work is not None:  # not needed to read
+                roles.append(("work", config.work))
+                self._check_work(config.work, upper)
         branches.check_overlap(roles)
         fresh = config.work is not None and not os.path.exists(config.work)
         if config.upper is not None:

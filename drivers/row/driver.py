@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from unionfs.core.copyup import CopyUp
     from unionfs.core.freeze import FreezingUnion
     from unionfs.core.layers import Layer
+    from unionfs.core.lookup import Lookup
     from unionfs.core.nodes import Node
 
 REDIRECT_MIN = 64 << 10  # smaller files are copied: one write instead of a write and a map
@@ -133,14 +134,27 @@ class RowDriver(RowStack):
         ident = self.ident_of(f.n) if ldir.layer.frozen else None
         if ident is None:
             return f
-        marks = self.file_marks(ldir, name)
-        path = marks.redirect if marks is not None and marks.redirect is not None else name
-        if not path.startswith(b"/"):
-            path = ldir.path().rstrip(b"/") + b"/" + path
-        below = core._resolve_below(path, ldir.layer.index)
+        below = self.next_below(core, ldir, name)
         if below is None:
             raise fail(errno.EIO, name)
         return self._open_generation(core, ldir, name, f, ident, below)
+
+    def next_below(self, core: Lookup, ldir: LDir, name: bytes) -> tuple[LDir, bytes] | None:
+        """What a metacopy of a frozen layer continues from; None: it is no metacopy, or that is gone."""
+        marks = self.file_marks(ldir, name) if ldir.layer.frozen else None
+        if marks is None or not marks.metacopy:
+            return None
+        path = marks.redirect or name
+        if not path.startswith(b"/"):
+            path = ldir.path().rstrip(b"/") + b"/" + path
+        return core._resolve_below(path, ldir.layer.index)
+
+    def load_map(self, ident: str, layer: Layer) -> BlockMap:
+        """For reading. MapError, OSError."""
+        maps = self.maps_dir(layer, False)
+        if maps is None:
+            raise FileNotFoundError(errno.ENOENT, "no block maps", ident)
+        return BlockMap.load(maps.open().n, ident, False)
 
     def _open_generation(
         self, core: CopyUp, ldir: LDir, name: bytes, upper: OpenFile, ident: str, below: tuple[LDir, bytes]
@@ -309,6 +323,13 @@ class RowDriver(RowStack):
         from .snapshot import Mounted  # only where it is asked for
 
         return Mounted(self, core).do(action, arguments)
+
+    def diff_frozen(self) -> list[tuple[str, bytes]] | None:
+        if not any(layer.frozen for layer in self.layers) or not self.config.lowers:
+            return None
+        from .snapshot_view import View, rows
+
+        return rows(View(None, self.config.lowers, None), View(self.config.upper, self.config.lowers, None))
 
     # --- people ---
 

@@ -8,6 +8,7 @@ removed afterwards, by a thread of its own. Callers: one at a time for an upper.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -244,6 +245,11 @@ def clean_later(driver: RowDriver, core: FreezingUnion | None) -> None:
 def clean(chain: Chain, in_use: Callable[[int], bool]) -> bool:
     """Remove layers that the chain does not name. False: some are in use; they go at the next mount, or verb."""
     all_gone = True
+    lock = Fd(os.open(chains.STORE, _DIRECTORY, dir_fd=chain.root))
+    try:
+        fcntl.flock(lock.n, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False  # a diff or send is reading
     for path in chains.leftovers(chain):
         number = path.rpartition(b"/")[2]
         if number.isdigit() and in_use(int(number)):

@@ -107,6 +107,10 @@ class Driver:
         """An action of `unionfs snapshot` on the mounted union. MountError where it can't be done."""
         raise NotImplementedError
 
+    def diff_frozen(self) -> list[tuple[str, bytes]] | None:
+        """As Operations.diff, of all that snapshots froze too; None: nothing is frozen."""
+        return None
+
     def start(self) -> None:
         """Called in the serving process before the first request."""
 

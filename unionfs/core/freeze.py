@@ -36,6 +36,10 @@ class FreezingUnion(LiveUnion):
         with self._one_change:
             return self.driver.snapshot(self, action, arguments)
 
+    def diff(self) -> list[tuple[str, bytes]]:
+        found = self.driver.diff_frozen()
+        return super().diff() if found is None else found
+
     def flush_kernel(self) -> None:
         """Have the kernel write what it holds back of files that are being written (mapped pages)."""
         if self.notifier is None:

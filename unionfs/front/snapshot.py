@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
-from unionfs.errors import EXIT_LAYER, EXIT_NOT_OURS, EXIT_OK, EXIT_USAGE, MountError, nearest
+from unionfs.errors import EXIT_FORMAT, EXIT_LAYER, EXIT_NOT_OURS, EXIT_OK, EXIT_USAGE, MountError, nearest
 from unionfs.front import control
 from unionfs.front.args import Command, Option, Parsed
 from unionfs.front.mounts import Mount, mount_of
@@ -22,7 +23,10 @@ VERBS = {
     "list": (0, 0, ""),
     "rollback": (1, 1, "NAME"),
     "delete": (1, 1 << 10, "NAME..."),
+    "diff": (1, 2, "NAME [NAME]"),
     "clone": (2, 2, "NAME DIRECTORY"),
+    "send": (1, 2, "[FROM] NAME"),
+    "receive": (0, 1, "[NAME]"),
 }
 COMMAND = Command(
     "unionfs snapshot",
@@ -31,17 +35,23 @@ COMMAND = Command(
     "  list       the snapshots, oldest first\n"
     "  rollback   back to a snapshot: what changed since is dropped\n"
     "  delete     take snapshots away; what others need of them stays\n"
-    "  clone      a new upper directory that stands on a snapshot: mount it with the same lowers",
+    "  diff       what changed between a snapshot and another one, or now\n"
+    "  clone      a new upper directory that stands on a snapshot: mount it with the same lowers\n"
+    "  send       write a snapshot, or what changed since FROM, to standard output: changed blocks only\n"
+    "  receive    apply what was sent to a mount that has FROM as its newest snapshot, and take the snapshot there",
     [
-        Option("-j --json", "list: as JSON"),
+        Option("-j --json", "list, diff: as JSON"),
         Option("-s --space", "list: how much each takes on the disk, which looks at every file"),
         Option("--sync", "create: return when the snapshot would survive a power cut, not seconds before that"),
+        Option("-f --force", "receive: drop what changed here since FROM"),
+        Option("-l --lower", "lowers of an upper that is not mounted, for diff and send", "DIR[:DIR...]"),
     ],
     "VERB MOUNTPOINT|UPPER [NAME]...",
     2,
     1 << 10,
-    "create needs a mount.\n\n"
-    "Examples:\n  unionfs snapshot create merged before-upgrade\n  unionfs snapshot rollback merged before-upgrade",
+    "create and receive need a mount.\n\n"
+    "Examples:\n  unionfs snapshot create merged before-upgrade\n  unionfs snapshot rollback merged before-upgrade\n"
+    "  unionfs snapshot send merged monday tuesday | ssh host unionfs snapshot receive /backup/merged",
 )
 
 
@@ -145,3 +155,91 @@ def _clone(target: Target, names: list[str], parsed: Parsed) -> int:
         raise MountError(f"clone {directory}: lies in the mount; give a place outside", EXIT_LAYER)
     _rows("snapshot").clone(target.upper, name, os.fsencode(os.path.abspath(directory)))
     return EXIT_OK
+
+
+def _view(target: Target, snapshot: str | None) -> Any:
+    lowers = target.lowers if target.lowers is not None else target.chain().lowers
+    return _rows("snapshot_view").View(target.upper, lowers, None if snapshot == "now" else snapshot)
+
+
+def _diff(target: Target, names: list[str], parsed: Parsed) -> int:
+    old, new = _view(target, names[0]), _view(target, names[1] if len(names) > 1 else "now")
+    rows = _rows("snapshot_view").rows(old, new)
+    if "json" in parsed:
+        import json
+
+        print(json.dumps([{"kind": kind, "path": os.fsdecode(path)} for kind, path in rows], indent=2))
+    else:
+        for kind, path in rows:
+            print(kind, show(path))
+    return EXIT_OK
+
+
+def _send(target: Target, names: list[str], parsed: Parsed) -> int:
+    if sys.stdout.isatty():
+        raise MountError("snapshot send: not to a terminal: redirect it")
+    chain = target.chain()
+    to = chain.find(names[-1])
+    begin: dict[str, Any] = {"to": {"id": to.id, "name": to.name, "created": to.created}, "from": None}
+    if len(names) > 1:
+        since = chain.find(names[0])
+        begin["from"] = {"id": since.id, "name": since.name}
+        old = _view(target, since.name)
+    else:
+        lowers = target.lowers if target.lowers is not None else chain.lowers
+        if not lowers:
+            raise MountError("snapshot send: the lowers are not known: name them: --lower", EXIT_USAGE)
+        old = _rows("snapshot_view").View(None, lowers, None)
+    _rows("stream").Sender(old, _view(target, to.name), sys.stdout.buffer).send(begin)
+    return EXIT_OK
+
+
+def _receive(target: Target, names: list[str], parsed: Parsed) -> int:
+    """All of the stream, and the snapshot it is of; or nothing."""
+    if target.mount is None:
+        raise MountError(f"receive: {show(target.upper)} is not mounted: mount it", EXIT_NOT_OURS)
+    stream = _rows("stream")
+    records = stream.records(sys.stdin.buffer)
+    kind, begin, _ = next(records)
+    if kind != stream.BEGIN:
+        raise MountError("receive: the stream has no beginning", EXIT_FORMAT)
+    start, temporary = _starting_point(target, begin, "force" in parsed)
+    try:
+        receiver = stream.Receiver(target.mount.path)
+        for kind, header, data in records:
+            receiver.apply(kind, header, data)
+        to = begin["to"]
+        made = target.change("create", name=names[0] if names else to["name"], ident=to["id"])
+    except BaseException:
+        target.change("rollback", name=start)
+        raise
+    finally:
+        if temporary:
+            target.change("delete", names=[start])
+    print(made["name"])
+    return EXIT_OK
+
+
+def _starting_point(target: Target, begin: dict[str, Any], force: bool) -> tuple[str, bool]:
+    """The snapshot that the mount shows now and the stream begins at; whether it was made for this."""
+    assert target.mount is not None
+    chain = target.chain()
+    if any(s.id == begin["to"]["id"] for s in chain.snapshots):
+        raise MountError(f"receive: snapshot {begin['to']['name']!r} is here already", EXIT_USAGE)
+    if begin["from"] is None:
+        if control.ask(target.mount, "diff"):
+            raise MountError("receive: a whole snapshot goes to a mount that shows only its lowers", EXIT_USAGE)
+        name = "receiving " + begin["to"]["id"]
+        target.change("create", name=name)
+        return name, True
+    since = next((s for s in chain.snapshots if s.id == begin["from"]["id"]), None)
+    if since is None:
+        raise MountError(
+            f"receive: the stream begins at snapshot {begin['from']['name']!r}, which is not here: send that first",
+            EXIT_LAYER,
+        )
+    if force:
+        target.change("rollback", name=since.name)
+    elif _rows("snapshot_view").rows(_view(target, since.name), _view(target, "now")):
+        raise MountError(f"receive: changed here since snapshot {since.name!r}: --force drops that", EXIT_USAGE)
+    return since.name, False

@@ -12,6 +12,7 @@ was written through only), are treated as OutsideUnion treats all.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import traceback
@@ -19,6 +20,7 @@ from stat import S_ISREG
 from time import sleep
 
 from unionfs.api import Notifier
+from unionfs.core.base import fail
 from unionfs.core.layers import Layer, LDir, fd_path
 from unionfs.core.nodes import Dir, Node
 from unionfs.core.outside import Outdated, OutsideUnion
@@ -127,6 +129,12 @@ class NotifiedUnion(OutsideUnion):
         super()._joined(p, name, ldir)
         if p is not None:
             self._expect(p, name, True)
+
+    def open(self, nodeid: int, flags: int) -> None:
+        """ESTALE where the kernel's size is not the file's any more and the event still on its way: it looks again."""
+        if nodeid not in self.files and self._differs(self._node(nodeid)):
+            raise fail(errno.ESTALE)
+        super().open(nodeid, flags)
 
     def write(self, nodeid: int, offset: int, data: memoryview, kill_suidgid: bool) -> int:
         n = super().write(nodeid, offset, data, kill_suidgid)

@@ -16,7 +16,7 @@ import os
 from stat import S_IFDIR, S_ISDIR
 
 from unionfs.api import Attr, DirEntry, DirEntryPlus, Entry
-from unionfs.core.base import fail
+from unionfs.core.base import OpenFile, fail
 from unionfs.core.layers import Layer, LDir
 from unionfs.core.live import Gate, LiveUnion
 from unionfs.core.nodes import Dir, Node, NodeTable
@@ -297,8 +297,26 @@ class OutsideUnion(LiveUnion):
             raise fail(errno.ENOENT, node.name)  # this very moment; the next access finds the directory
         return super()._attr(node, st)
 
+    def _open_data(self, node: Node, write: bool) -> OpenFile:
+        known = self.files.get(node.id)
+        f = super()._open_data(node, write)
+        if f is known or not f.plain or node.parent is None or (node.more is not None and node.more.pin is not None):
+            return f
+        if node.id in self.seen and not self._is_file(node, os.fstat(f.n)):  # its size would be another file's
+            self.files.pop(node.id, None)
+            raise Outdated(node.parent, node.name)
+        return f
+
     def _copy_up_to(self, layer: Layer, node: Node, st: os.stat_result, data: bool, length: int) -> None:
-        super()._copy_up_to(layer, node, st, data, length)
+        p, name = node.parent, node.name
+        if p is not None and not self._is_file(node, st):
+            raise Outdated(p, name)
+        try:
+            super()._copy_up_to(layer, node, st, data, length)
+        except OSError as e:
+            if e.errno != errno.EIO or p is None or self._is_file(node, self._stat(node)):
+                raise
+            raise Outdated(p, name) from None  # it was cut while it was copied: another file
         self.seen.pop(node.id, None)
 
     def relocate(self, node: Node, layer: Layer) -> None:

@@ -94,7 +94,11 @@ class AufsFormat(Driver):
 
     def file_marks(self, ldir: LDir, name: bytes) -> FileMarks | None:
         if ldir.impure is None:
-            ldir.impure = any(key == "impure" for key, _ in self._own_xattrs(fd_path(ldir.open()), True))
+            # a branch whose root is not marked holds no copies anywhere: none of its directories needs to be asked
+            root = ldir.layer.root
+            if root.impure is None:
+                root.impure = self._reads_impure(root)
+            ldir.impure = root.impure and (ldir is root or self._reads_impure(ldir))
         if not ldir.impure:
             return None
         marks: FileMarks | None = None
@@ -109,6 +113,9 @@ class AufsFormat(Driver):
                 else:
                     marks.index_delta = int(value)
         return marks
+
+    def _reads_impure(self, ldir: LDir) -> bool:
+        return any(key == "impure" for key, _ in self._own_xattrs(fd_path(ldir.open()), True))
 
     @staticmethod
     def _own_xattrs(path: bytes, follow: bool) -> list[tuple[str, bytes]]:
@@ -224,8 +231,10 @@ class AufsFormat(Driver):
 
     def mark_impure(self, ldir: LDir) -> None:
         if self.keep_ino or self.index:
-            self._note(fd_path(ldir.open()), "impure", b"y", True)
-            ldir.impure = True
+            for marked in (ldir.layer.root, ldir):
+                if marked.impure is not True:
+                    self._note(fd_path(marked.open()), "impure", b"y", True)
+                    marked.impure = True
 
     def _note(self, path: bytes | int, key: str, value: bytes, follow: bool) -> None:
         """On a filesystem without xattrs there is no note: a copy's inode number is a new one after a remount."""

@@ -144,6 +144,14 @@ class AufsDriver(AufsFormat):
             where = branches.show(layer.path)
             print(f"unionfs: warn_perm: branch {where} is {said[0]}, the topmost {said[1]}", file=sys.stderr)
 
+    def take_over(self) -> None:
+        for layer in self.writable:
+            if layer.work is not None:
+                branches.empty(layer.work)
+            self._read_plinks(layer)
+        for layer in self.layers:
+            layer.root.impure = None
+
     live = True
 
     def plan_layers(self, changes: list[list[Any]]) -> Plan:

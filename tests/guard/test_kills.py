@@ -16,18 +16,22 @@ from pathlib import Path
 import pytest
 from support.mounts import UNIONFS
 
-KILLS = 8
+KILLS = 6
+BIG = 300_000  # bytes: the row driver redirects its blocks
 DEADLINE = 60.0
 
 
 class Guarded:
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, driver: str = "overlay", *options: str) -> None:
         self.merged, self.upper = base / "merged", base / "upper"
         for name in ("lower", "upper", "merged"):
             (base / name).mkdir()
         for i in range(50):
             (base / "lower" / f"low{i}").write_text(str(i))
-        self._unionfs("mount", "--lower", base / "lower", "--upper", self.upper, "-o", "guard=on", self.merged)
+            (base / "lower" / f"big{i}").write_bytes(b"%d" % (i % 10) * BIG)
+        words = ",".join(["guard=on", *options])
+        layers = ["--lower", base / "lower", "--upper", self.upper]
+        self._unionfs("mount", "--driver", driver, *layers, "-o", words, self.merged)
 
     @staticmethod
     def _unionfs(*words: str | Path) -> str:
@@ -53,9 +57,10 @@ class Guarded:
         subprocess.run([UNIONFS, "umount", "--lazy", str(self.merged)], capture_output=True, timeout=30)
 
 
-@pytest.fixture
-def guarded(tmp_path: Path) -> Iterator[Guarded]:
-    union = Guarded(tmp_path)
+@pytest.fixture(params=["overlay", "aufs", "row", "overlay-passthrough"])
+def guarded(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Guarded]:
+    driver, _, data = request.param.partition("-")
+    union = Guarded(tmp_path, driver, *([f"data={data}"] if data else []))
     try:
         yield union
     finally:
@@ -128,6 +133,26 @@ def test_copy_up(guarded: Guarded) -> None:
 
     under_kills(guarded, appends)
     assert {i: (guarded.merged / f"low{i}").read_text() for i in wanted} == wanted
+
+
+def test_blocks(guarded: Guarded) -> None:
+    """Writes here and there into big lower files."""
+    wanted = {i: bytearray(b"%d" % (i % 10) * BIG) for i in range(50)}
+    chance = random.Random(1)
+
+    def writes(number: int) -> None:
+        i = number % 50
+        with open(guarded.merged / f"big{i}", "r+b", buffering=0) as f:
+            for _ in range(5):
+                at, data = chance.randrange(BIG - 5000), os.urandom(chance.randrange(5000))
+                assert os.pwrite(f.fileno(), data, at) == len(data)
+                wanted[i][at : at + len(data)] = data
+            os.fsync(f.fileno())
+        assert (guarded.merged / f"big{i}").read_bytes() == wanted[i]
+
+    under_kills(guarded, writes)
+    for i in wanted:
+        assert (guarded.merged / f"big{i}").read_bytes() == wanted[i]
 
 
 def test_sqlite(guarded: Guarded) -> None:

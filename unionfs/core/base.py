@@ -122,6 +122,10 @@ class Base:
         self.notifier = notifier
         self.driver.start()
 
+    def take_over(self) -> None:
+        """In place of a process that served these layers and died: see `Driver.take_over`."""
+        self.driver.take_over()
+
     def stop(self) -> None:
         self.settler.stop()
         self.files.clear()

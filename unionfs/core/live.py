@@ -338,7 +338,10 @@ class LiveUnion(UnionOperations):
     def _detach(self, node: Node) -> None:
         """No name shows the inode any more: to those who have it open it is like an unlinked file."""
         more = node.extra()
+        if node.parent is not None:
+            self.table.leaving(node, node.parent, node.name)
         more.unlinked = True
+        self.table.changed(node)
         if more.key is not None and self.table.links.get(more.key) is node:
             del self.table.links[more.key]
 
@@ -349,8 +352,12 @@ class LiveUnion(UnionOperations):
             if not isinstance(node, Dir):
                 self._detach(node)
                 continue
+            node.extra().pin = node.ldirs[0].open()
+            if node.parent is not None:
+                self.table.leaving(node, node.parent, node.name)
             node.removed = True
             node.order = node.names = node.stacks = None
+            self.table.changed(node)
             pending += node.children.values()
 
     # --- the kernel's caches ---

@@ -56,6 +56,10 @@ class LimitedUnion(UnionOperations):
         self._counted: dict[int, int] = {}  # node id: blocks of its upper inode when last seen
         self.space_changed()
 
+    def take_over(self) -> None:
+        super().take_over()
+        self.space_changed()
+
     # --- the sum ---
 
     def space_changed(self) -> None:

@@ -52,15 +52,16 @@ class Worker(Server):
     def _verbs(self) -> dict[str, Any]:
         verbs = super()._verbs()
         verbs["upgrade"] = self._upgrade
-        change = verbs.get("branch")
-        if change is not None:
-            verbs["branch"] = self._noted(change)
+        for name in ("branch", "snapshot"):
+            if name in verbs:
+                verbs[name] = self._noted(verbs[name])
         return verbs
 
     def _noted(self, change: Callable[..., Any]) -> Callable[..., Any]:
         def run(**arguments: Any) -> Any:
+            self._supervisor.layers_change()
             result = change(**arguments)
-            self._supervisor.branches_changed()
+            self._supervisor.layers_changed()
             return result
 
         return run

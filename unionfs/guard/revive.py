@@ -226,7 +226,10 @@ class Revival:
     def _by_descriptor(self, record: Record) -> Node:
         """What has no name: from the descriptor that its last worker left."""
         ops = self._ops
-        layer = ops.driver.layers[min(record.layer, len(ops.driver.layers) - 1)]
+        layers = ops.driver.layers
+        if record.state & j.LOWER:
+            layers = [layer for layer in layers if not layer.writable] or layers
+        layer = layers[min(record.layer, len(layers) - 1)]
         parent = ops.slots[record.parent] if record.parent else None
         if record.kind == 0o040000:
             ldir = LDir(layer, None, record.name, ops.driver.fds)

@@ -116,7 +116,8 @@ class GuardedSession(DirectSession):
         lanes = self.ops.lanes
         lanes.fast, lanes.journal = True, lane
         buffers = [request]
-        receive, send = self._channel.receive, self._channel.send
+        channel = self._channel
+        receive, send = channel.receive, channel.send
         answer, read_ahead = dispatcher.answer, self.ops.read_ahead
         head = abi.IN_HEAD.unpack_from
         counts, words = self._counts, self._journal.words
@@ -157,7 +158,7 @@ class GuardedSession(DirectSession):
                 continue
             send(reply)
             self._sent += len(reply)
-            if opcode == abi.READDIRPLUS:
+            if opcode == abi.READDIRPLUS and channel.apart:
                 read_ahead()
         lane.words[j.LENGTH] = 0
         self._idle.append(at)

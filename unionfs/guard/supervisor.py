@@ -42,6 +42,7 @@ _PR_SET_PDEATHSIG = 1
 EXIT_UPGRADE = 75  # of a worker that makes place for one of other code
 RESUME = ("-P", "-m", "unionfs.front.resume")  # what a supervisor becomes then
 
+DRIVERS = ("overlay", "aufs", "row")
 LIVED = 0.1  # seconds; a worker that did nothing and died younger than that counts as a vain attempt
 ATTEMPTS = 10  # vain ones in a row before giving up
 CRASHES, CRASH_TIME = 30, 60.0  # so many workers that fail by themselves in so many seconds are enough, too
@@ -58,8 +59,8 @@ def check(config: MountConfig) -> bool:
         raise MountError(f"-o guard={word}: on or off", EXIT_USAGE)
     if config.session == "pyfuse3":
         raise MountError("guard=on: only with the direct session", EXIT_USAGE)
-    if config.driver not in ("overlay",):
-        raise MountError(f"guard=on: not with driver {config.driver}: only with overlay", EXIT_USAGE)
+    if config.driver not in DRIVERS:
+        raise MountError(f"guard=on: not with driver {config.driver}: {', '.join(DRIVERS)}", EXIT_USAGE)
     if os.uname().machine not in _CLONE:
         raise MountError("guard=on: only on x86_64 and aarch64", EXIT_USAGE)
     _deadline(config)
@@ -116,10 +117,14 @@ class Supervisor:
     def mounted(self, device: int) -> None:
         self.journal.words[j.DEVICE] = device
 
-    def branches_changed(self) -> None:
-        """Told by a worker: its successor needs other layers than this process has."""
-        state.save(self.config, self.state)
+    def layers_change(self) -> None:
+        """Told by a worker that is about to change its layers: a successor must not take those of this process."""
         self.journal.words[j.STALE] = 1
+
+    def layers_changed(self) -> None:
+        """Told by the worker that has: where a successor finds them."""
+        if self.state >= 0:
+            state.save(self.config, self.state)
 
     def run(self) -> int:
         for number in (_signal.SIGTERM, _signal.SIGINT):
@@ -261,7 +266,7 @@ class Supervisor:
         table = JournalTable(core.root, journal, core.lanes)
         core.table, core.slots = table, table.slots
         if terms is not None:
-            core.driver.take_over()
+            core.take_over()
             table.reserve()
             table.revival = Revival(core, table, journal)
 

@@ -201,3 +201,55 @@ def test_inodes_keep_their_numbers(guarded: Guarded) -> None:
         assert (guarded.merged / "e" / "f").read_text() == "text"
     finally:
         os.close(fd)
+
+
+def test_branches_come_and_go(tmp_path: Path) -> None:
+    union = Guarded(tmp_path, "aufs")
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    (extra / "more").write_text("more")
+    seen: set[bool] = set()
+    try:
+
+        def changes(number: int) -> None:
+            """A change that is cut short has happened or not, and its caller is told that it was cut short."""
+            verb, what = ("append", f"{extra}=ro") if number % 2 else ("del", str(extra))
+            subprocess.run([UNIONFS, "branch", verb, str(union.merged), what], capture_output=True, timeout=30)
+            there = (union.merged / "more").exists()
+            seen.add(there)
+            if there:
+                assert (union.merged / "more").read_text() == "more"
+            (union.merged / "file").write_text(str(number))
+            assert (union.merged / "file").read_text() == str(number)
+            assert (union.merged / "low7").read_text() == "7"
+
+        under_kills(union, changes)
+        assert seen == {True, False}
+    finally:
+        union.unmount()
+
+
+def test_snapshots_are_taken(tmp_path: Path) -> None:
+    union = Guarded(tmp_path, "row")
+    try:
+        content = {}
+
+        def snapshots(number: int) -> None:
+            with open(union.merged / "big3", "r+b") as f:
+                f.seek(number * 5000 % BIG)
+                f.write(b"%5d" % number)
+            content[number] = (union.merged / "big3").read_bytes()
+            subprocess.run(
+                [UNIONFS, "snapshot", "create", str(union.merged), f"s{number}"], capture_output=True, timeout=30
+            )
+            assert (union.merged / "big3").read_bytes() == content[number]
+            assert (union.merged / "low7").read_text() == "7"
+
+        under_kills(union, snapshots)
+        last = max(content)
+        assert (union.merged / "big3").read_bytes() == content[last]
+        subprocess.run([UNIONFS, "umount", str(union.merged)], check=True, timeout=60)
+        found = subprocess.run([UNIONFS, "fsck", str(union.upper)], capture_output=True, text=True, timeout=60)
+        assert found.returncode == 0, found.stdout + found.stderr
+    finally:
+        union.unmount()

@@ -46,6 +46,7 @@ DRIVERS = ("overlay", "aufs", "row")
 LIVED = 0.1  # seconds; a worker that did nothing and died younger than that counts as a vain attempt
 ATTEMPTS = 10  # vain ones in a row before giving up
 CRASHES, CRASH_TIME = 30, 60.0  # so many workers that fail by themselves in so many seconds are enough, too
+KILL_GRACE = 1.0  # seconds that a killed worker gets to end
 MAX_DELAY = 1.0  # seconds between vain attempts; the first ones have none
 DEADLINE = 10.0  # seconds in which requests wait and none is taken up
 
@@ -230,9 +231,23 @@ class Supervisor:
             if beat == was and any(event == select.POLLIN for _, event in waiting.poll(0)):
                 print(f"unionfs: worker {self._worker} hangs: it takes up no requests", file=sys.stderr)
                 os.kill(self._worker, _signal.SIGKILL)
+                ended.poll(KILL_GRACE * 1000)
+            if _half_dead(self._worker):
                 break
+        over = ended.poll(0)
         os.close(process)
-        return os.waitstatus_to_exitcode(os.waitpid(self._worker, 0)[1])
+        # One that waits for a layer that does not answer can't end before it does; it will do nothing any more.
+        status = os.waitpid(self._worker, 0)[1] if over else _signal.SIGKILL
+        self._reap()
+        return os.waitstatus_to_exitcode(status)
+
+    @staticmethod
+    def _reap() -> None:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
 
     def _work(self) -> None:
         """The life of a worker; does not return."""
@@ -279,6 +294,15 @@ class Supervisor:
             )  # fmt: skip
 
         return make
+
+
+def _half_dead(pid: int) -> bool:
+    """Killed, but a thread of it is still in a system call that can't be left."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            return stat.read().rpartition(b") ")[2][:1] == b"Z"
+    except FileNotFoundError:
+        return False
 
 
 def _descriptors() -> set[int]:

@@ -40,7 +40,7 @@ def kept() -> tuple[int, int, int] | None:
     """(device, journal, state) of a supervisor of this unit that died; None where there was none."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
-    names = os.environ.get("LISTEN_FDNAMES", "").split(":")
+    names = [name for name in os.environ.get("LISTEN_FDNAMES", "").split(":") if name]
     found = {name: _FIRST + i for i, name in enumerate(names)}
     for fd in found.values():
         os.set_inheritable(fd, False)

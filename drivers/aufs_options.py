@@ -10,6 +10,10 @@ from unionfs.core.idmap import OPTIONS as COMMON
 from unionfs.errors import EXIT_USAGE, MountError, nearest
 
 UDBA = ("none", "reval", "notify")
+UDBA_NEVER_WITH = {
+    "guard": "a successor of the server would not know what its predecessor has seen",
+    "writeback": "the kernel takes its own size and times of a file for the right ones then",
+}
 DIROPQ = {"always": True, "a": True, "whiteouted": False, "w": False}
 
 WORKING = {
@@ -86,5 +90,6 @@ def settle(options: dict[str, str]) -> None:
     udba = options.get("udba", "none")
     if udba not in UDBA:
         raise MountError(f"udba={udba}: unknown{nearest(udba, UDBA)}; one of {', '.join(UDBA)}", EXIT_USAGE)
-    if udba != "none" and options.get("guard", "off") not in ("off", "0"):
-        raise MountError(f"udba={udba}: not with guard=on; leave one of them out", EXIT_USAGE)
+    for name, why in UDBA_NEVER_WITH.items():
+        if udba != "none" and options.get(name, "off") not in ("off", "0"):
+            raise MountError(f"udba={udba}: not with {name}: {why}; leave one of them out", EXIT_USAGE)

@@ -358,6 +358,7 @@ BAD = (
     (["a=rw"], "diropq=never", EXIT_USAGE, "diropq"),
     (["a=rw"], "udba=often", EXIT_USAGE, "udba"),
     (["a=rw"], "udba=notify,guard=on", EXIT_USAGE, "guard"),
+    (["a=rw"], "udba=reval,writeback=1", EXIT_USAGE, "writeback"),
     (["a=rw"], "xino=/x", EXIT_USAGE, "xino=/x"),
     (["a=rw"], "dirwh=many", EXIT_USAGE, "dirwh=many"),
     (["a=rw"], "nodirperm1", EXIT_USAGE, "nodirperm1"),

@@ -167,6 +167,48 @@ def test_timeout_option() -> None:
     assert reply == ok(struct.pack("<QII", 3, 0, 0) + ATTR_BYTES)
 
 
+# --- layers that others change too ------------------------------------------------------------------------------------
+
+CAREFUL = 1 << 12  # FUSE_AUTO_INVAL_DATA
+
+
+def carefully(ops: FakeOps, message: bytes) -> bytes:
+    given = terms(flags=CAREFUL | 1 << 29)
+    dispatcher = dispatch.dispatcher(ops, given, FakeOpens(ops), fast=True)
+    dispatcher.load(message)
+    _, opcode, unique, nodeid = struct.unpack_from("<IIQQ", message)
+    reply = dispatcher.answer(opcode, unique, nodeid, len(message))
+    assert reply is not None
+    return bytes(reply)
+
+
+@pytest.mark.parametrize("of_parent, of_child", [(True, True), (True, False), (False, True), (False, False)])
+def test_what_the_kernel_may_keep(of_parent: bool, of_child: bool) -> None:
+    """A name for as long as its directory is watched, attributes for as long as the node is too; asked before the
+    operation (of the parent) and after it (of what was found)."""
+    ops = FakeOps(watch=of_parent, watched=of_child, lookup=ENTRY, getattr=ATTR)
+    name, node = VALID if of_parent else 0, VALID if of_parent and of_child else 0
+    assert carefully(ops, request(1, 7, b"n\0")) == ok(struct.pack("<QQQQII", 77, 5, name, node, 0, 0) + ATTR_BYTES)
+    assert [call[:2] for call in ops.calls] == [("watch", 7), ("lookup", 7), ("watched", 77)]
+    assert carefully(ops, request(3, 7, bytes(16))) == ok(struct.pack("<QII", name, 0, 0) + ATTR_BYTES)
+
+
+def test_absences_and_listings_of_unwatched_directories() -> None:
+    watched, unwatched = FakeOps(watch=True, lookup=None), FakeOps(watch=False, lookup=None)
+    assert carefully(unwatched, request(1, 7, b"n\0")) == failed(errno.ENOENT)
+    assert struct.unpack_from("<QQQQ", carefully(watched, request(1, 7, b"n\0")), 16) == (0, 0, VALID, VALID)
+    cached = 1 << 1 | 1 << 3  # FOPEN_KEEP_CACHE, FOPEN_CACHE_DIR
+    assert carefully(watched, request(27, 7, bytes(8))) == ok(struct.pack("<QII", 7, cached, 0))
+    assert carefully(unwatched, request(27, 7, bytes(8))) == ok(struct.pack("<QII", 7, 0, 0))
+
+
+def test_an_error_of_watching_is_no_error() -> None:
+    ops = FakeOps(watch=OSError(errno.ESTALE, "gone"), getattr=ATTR)
+    assert carefully(ops, request(3, 7, bytes(16))) == ok(bytes(16) + ATTR_BYTES)
+    with pytest.raises(WouldBlock):
+        carefully(FakeOps(watch=WouldBlock()), request(3, 7, bytes(16)))
+
+
 # --- SETATTR ----------------------------------------------------------------------------------------------------------
 
 

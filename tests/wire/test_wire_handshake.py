@@ -32,6 +32,16 @@ def test_only_what_is_offered_is_taken() -> None:
     assert struct.unpack_from("<HH", reply, 44) == (32, 0)
 
 
+def test_careful() -> None:
+    """Where others change the layers the kernel asks before it lists or reads a link, and drops pages by itself."""
+    terms, _ = negotiate(init(), careful=True)
+    usual, _ = negotiate(init())
+    assert terms.careful and not usual.careful
+    assert terms.flags ^ usual.flags == BIT["AUTO_INVAL_DATA"] | BIT["NO_OPENDIR_SUPPORT"] | BIT["CACHE_SYMLINKS"]
+    assert terms.data == "noopen"
+    assert Negotiated.from_bytes(terms.to_bytes()).careful
+
+
 @pytest.mark.parametrize("mode", ["noopen", "cached"])
 def test_writeback(mode: str) -> None:
     terms, _ = negotiate(init(), data=mode, writeback=True)

@@ -116,7 +116,7 @@ def test_bodies_are_limited(rest: Daemon) -> None:
     chunked = rest.curl("/layers", *kind, "-H", "Transfer-Encoding: chunked", "-H", "Expect:", "-T", "-", data=big)
     assert chunked.status == 413
     assert rest.curl("/layers", *kind, "--data-binary", "@-", data=b"{not json").status == 400
-    long = rest.curl("/layers", *(word for name in "abcd" for word in ("-H", f"X-{name}: {'a' * 100_000}")))
+    long = rest.curl("/layers", *(word for name in "abcd" for word in ("-H", f"X-{name}: {'a' * 20_000}")))
     assert long.status in (400, 431)
     assert rest.curl("/version").status == 200
 

@@ -21,7 +21,7 @@ from pathlib import Path
 LIMITS = ["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1000:1000"]
 
 # Small packages that exercise what installing means: alternatives (symlinks), a shared library (the ldconfig trigger).
-PACKAGES = ["less", "cpio", "libgdbm6"]
+PACKAGES = ["less", "cpio", "libsigsegv2"]
 BULK = ["var/cache/apt/archives", "var/lib/apt/lists", "usr/share/doc", "usr/share/locale", "usr/share/man"]
 
 
@@ -121,7 +121,7 @@ def debian_tarball() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "/var/cache") / "unionfs-tests"
     cache.mkdir(parents=True, exist_ok=True)
     release = debian_release()
-    tarball = cache / f"{release}-1.tar"
+    tarball = cache / f"{release}-2.tar"
     with open(cache / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not tarball.exists():

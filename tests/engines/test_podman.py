@@ -77,8 +77,8 @@ ln -s made /etc/made-link
 """
 
 CHECK = """
-dpkg --status less cpio libgdbm6 | grep Status
-dpkg --verify less cpio libgdbm6
+dpkg --status less cpio libsigsegv2 | grep Status
+dpkg --verify less cpio libsigsegv2
 less --version >/dev/null
 readlink -e /usr/bin/pager >/dev/null
 ldconfig -p | grep -q libgdbm

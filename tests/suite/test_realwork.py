@@ -25,6 +25,8 @@ GIT = [
     "safe.directory=*",
     "-c",
     "init.defaultBranch=main",
+    "-c",
+    "maintenance.autoDetach=false",  # git 2.47 and newer go on in the background, and keep the mount busy
 ]
 
 

@@ -17,9 +17,9 @@ import logging
 import os
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal, InvalidOperation
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from unionfs.store.api import Applied, Invalid, NoSpace, Readable, StoreError
 from unionfs.store.formats import OPAQUE, WH, Format
@@ -45,17 +45,28 @@ class Limits(NamedTuple):
 
 
 class Member(tarfile.TarInfo):
+    """A header that is checked. tarfile makes them by `frombuf`; since Python 3.13.5 (and its like of older lines) by
+    `_frombuf`."""
+
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Member:
-        try:
-            member = super().frombuf(buf, encoding, errors)
-        except tarfile.HeaderError as error:
-            if isinstance(error, tarfile.EmptyHeaderError | tarfile.EOFHeaderError):  # type: ignore[attr-defined]
-                raise
-            raise Invalid(f"damaged archive: {error}") from None
-        if member.size < 0 or (member.type in _EXTENDED and member.size > MAX_HEADER):
-            raise Invalid(f"entry {member.name!r}: a header of {member.size} bytes: at most {MAX_HEADER} are taken")
-        return member
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Any:
+        return _checked(super().frombuf, buf, encoding, errors)
+
+    @classmethod
+    def _frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str, **options: bool) -> Any:
+        return _checked(super()._frombuf, buf, encoding, errors, **options)  # type: ignore[misc]
+
+
+def _checked(parse: Callable[..., Any], *arguments: Any, **options: bool) -> Any:
+    try:
+        member = parse(*arguments, **options)
+    except tarfile.HeaderError as error:
+        if isinstance(error, tarfile.EmptyHeaderError | tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+            raise
+        raise Invalid(f"damaged archive: {error}") from None
+    if member.size < 0 or (member.type in _EXTENDED and member.size > MAX_HEADER):
+        raise Invalid(f"entry {member.name!r}: a header of {member.size} bytes: at most {MAX_HEADER} are taken")
+    return member
 
 
 class NeedsParent(StoreError):

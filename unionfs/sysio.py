@@ -62,26 +62,29 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         raise _fail()
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = [("sec", ctypes.c_int64), ("nsec", ctypes.c_int64)]
-
-
+_utimensat = libc.utimensat
+_utimensat.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int]
+_futimens = libc.futimens
+_futimens.argtypes = [ctypes.c_int, ctypes.c_char_p]
+_TIMES = struct.Struct("<4q")  # struct timespec[2]
 _UTIME_NOW = (1 << 30) - 1
 _UTIME_OMIT = (1 << 30) - 2
 
 
-def set_times(dirfd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None, follow: bool = False) -> None:
-    """utimensat(2): None leaves a time alone, -1 is the kernel's now (its own clock tick, so order is kept)."""
-    times = (_Timespec * 2)()
-    for slot, ns in zip(times, (atime_ns, mtime_ns), strict=True):
-        if ns is None:
-            slot.nsec = _UTIME_OMIT
-        elif ns == -1:
-            slot.nsec = _UTIME_NOW
-        else:
-            slot.sec, slot.nsec = divmod(ns, 1_000_000_000)
-    if libc.utimensat(dirfd, name, times, 0 if follow else AT_SYMLINK_NOFOLLOW):
+def set_times(fd: int, name: bytes | None, atime_ns: int | None, mtime_ns: int | None, follow: bool = False) -> None:
+    """utimensat(2) of fd/name (None: of fd itself, a file open for reading or writing).
+
+    A time that is None stays as it is, -1 is the kernel's now (its own clock tick, so order is kept).
+    """
+    times = _TIMES.pack(*_timespec(atime_ns), *_timespec(mtime_ns))
+    if _futimens(fd, times) if name is None else _utimensat(fd, name, times, 0 if follow else AT_SYMLINK_NOFOLLOW):
         raise _fail(name)
+
+
+def _timespec(ns: int | None) -> tuple[int, int]:
+    if ns is None:
+        return 0, _UTIME_OMIT
+    return (0, _UTIME_NOW) if ns == -1 else divmod(ns, 1_000_000_000)
 
 
 _sync_file_range = libc.sync_file_range

@@ -111,7 +111,7 @@ class IdMap:
             rdev,
         )
 
-    def _read(self, path: bytes, follow: bool) -> tuple[int, int, int, int, int] | None:
+    def _read(self, path: bytes | int, follow: bool) -> tuple[int, int, int, int, int] | None:
         assert self.xattr is not None
         try:
             text = os.getxattr(path, self.xattr, follow_symlinks=follow).decode("ascii", "replace")
@@ -143,7 +143,7 @@ class IdMap:
             gid = _to_disk(self.gids, gid)
         return (-1 if uid is None else uid), (-1 if gid is None else gid)
 
-    def chown(self, path: bytes, uid: int | None, gid: int | None, follow: bool) -> None:
+    def chown(self, path: bytes | int, uid: int | None, gid: int | None, follow: bool) -> None:
         if self.squash:
             return  # all files belong to one owner: the change would not show
         disk_uid, disk_gid = self.owner(uid, gid)
@@ -158,7 +158,7 @@ class IdMap:
             bits & 0o1777 if kind == S_IFREG else bits, kind, rdev,
         )  # fmt: skip
 
-    def chmod(self, path: bytes, bits: int, follow: bool) -> None:
+    def chmod(self, path: bytes | int, bits: int, follow: bool) -> None:
         stored = self._stored(path, follow)
         if stored is None:
             os.chmod(path, bits)
@@ -166,7 +166,7 @@ class IdMap:
         uid, gid, _, kind, rdev = stored
         self._write(path, follow, uid, gid, bits, kind, rdev)
 
-    def _stored(self, path: bytes, follow: bool) -> tuple[int, int, int, int, int] | None:
+    def _stored(self, path: bytes | int, follow: bool) -> tuple[int, int, int, int, int] | None:
         """What the xattr says or is to say of an inode that keeps it there; None for one that does not."""
         if self.xattr is None:
             return None
@@ -209,7 +209,7 @@ class IdMap:
             os.chmod(path, bits)
         return True
 
-    def _write(self, path: bytes, follow: bool, uid: int, gid: int, bits: int, kind: int, rdev: int) -> None:
+    def _write(self, path: bytes | int, follow: bool, uid: int, gid: int, bits: int, kind: int, rdev: int) -> None:
         assert self.xattr is not None
         text = f"{uid}:{gid}:{bits:o}"
         if kind in (S_IFBLK, S_IFCHR):

@@ -116,7 +116,7 @@ class RowDriver(RowStack):
                     return self._open_generation(core, node.ldir, node.name, upper, ident, node.more.data)
             base = self._open_frozen(core, *node.more.data)
             if ident is None:
-                if base.plain and sysio.clone(n, base.n):
+                if self.quota is None and base.plain and sysio.clone(n, base.n):  # it would count as all its own
                     self.clear_metacopy(n)
                     node.extra().data = None
                     return upper
@@ -124,6 +124,10 @@ class RowDriver(RowStack):
             else:
                 blockmap = self._load_map(ident, base, node.name, node.ldir.layer)
             f = RowFile(os.dup(n), True, base, blockmap, ident)
+            if not f.needs_base():
+                whole = self.settle(core, node, f)  # it was all redirected, but never synced
+                if whole is not None:
+                    return whole
             f.on_dirty = self._note_dirty
             self._open_files[ident] = f
             return f
@@ -237,7 +241,8 @@ class RowDriver(RowStack):
         tmp = f.ident + ".new"
         fd = os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600, dir_fd=d)
         try:
-            os.write(fd, raw)
+            if os.write(fd, raw) != len(raw):
+                raise fail(errno.ENOSPC)
             os.fdatasync(fd)
             os.rename(tmp, f.ident, src_dir_fd=d, dst_dir_fd=d)
         except OSError:

@@ -10,7 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-from . import chart, report, rows_branches, rows_cost, rows_data, rows_jobs, rows_names  # noqa: F401  (they register)
+from . import (  # noqa: F401  (rows register themselves)
+    chart,
+    report,
+    rows_branches,
+    rows_cost,
+    rows_data,
+    rows_jobs,
+    rows_names,
+    rows_redirect,
+)
 from .peers import QUICK_PEERS, ROOT, FuseOverlayfs, Ours, Peer, known
 from .progress import Bar
 from .registry import LONG, NORMAL, QUICK, WORKLOADS, Skip, Workload

@@ -200,6 +200,25 @@ def sqlite(root: str, transactions: int) -> float:
     return took
 
 
+def commits(path: str, journal: str, synchronous: str, count: int) -> float:
+    """Seconds from opening a database to `count` committed updates all over it; all of them are there afterwards."""
+    import sqlite3
+
+    start = now()
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute(f"PRAGMA journal_mode={journal}")
+    db.execute(f"PRAGMA synchronous={synchronous}")
+    rows = 100_000
+    for i in range(count):
+        db.execute("UPDATE t SET v = ? WHERE id = ?", (f"new {i}", i * 37 % rows + 1))
+    took = (now() - start) / 1e9
+    seen = db.execute("SELECT count(*) FROM t WHERE id <= ? AND v LIKE 'new %'", (count * 37,)).fetchone()[0]
+    db.close()
+    if seen != count:
+        raise SystemExit(f"{seen} of {count} updates are there")
+    return took
+
+
 def clients(root: str, dirs: int, files: int, count: int) -> float:
     """Microseconds of wall time per cold stat with `count` processes sharing the tree."""
     os.chdir(root)
@@ -257,7 +276,7 @@ def stats_during_copyup(root: str, big: str, dirs: int, files: int, plain: bool)
 LOOPS: dict[str, Callable[..., object]] = {
     f.__name__: f
     for f in (
-        lookups, stat_tree, stat_list, scans, create, create_here, change_lower, first_write, sqlite, clients,
+        lookups, stat_tree, stat_list, scans, create, create_here, change_lower, first_write, sqlite, commits, clients,
         stats_during_copyup,
     )
 }  # fmt: skip

@@ -213,6 +213,19 @@ class Ours(Peer):
         return Path("/"), [*argv, str(mnt)]
 
 
+class OursRow(Ours):
+    """The row driver: blocks are redirected, nothing is copied."""
+
+    def __init__(self) -> None:
+        super().__init__("ours-row", "direct", "auto")
+        self.label = "unionfs row"
+        self.options = "--driver row"
+
+    def command(self, lowers: list[Path], upper: Path | None, work: Path, mnt: Path) -> tuple[Path, list[str]]:
+        cwd, argv = super().command(lowers, upper, work, mnt)
+        return cwd, [*argv[:2], "--driver", "row", *argv[2:]]
+
+
 class OursAufs(Ours):
     """The aufs driver; with `create` two branches are writable (the second one is the work directory)."""
 
@@ -243,6 +256,7 @@ def known() -> list[Peer]:
         Ours("ours-pyfuse3", "pyfuse3", "-"),
         OursAufs("ours-aufs"),
         OursAufs("ours-aufs-mfs", "mfs"),
+        OursRow(),
     ]  # fmt: skip
 
 

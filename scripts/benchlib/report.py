@@ -50,13 +50,24 @@ AUFS_DEMANDS: list[tuple[str, list[str], list[str], float]] = [
         "stat.cold", "negative.cold", "read.cold",
     ], ["ours-aufs-mfs"], 1.05),
 ]  # fmt: skip
+# Of the row driver, against what copies. docs/row-format.md says what the disk's syncs leave of the last ones.
+ROW_DEMANDS: list[tuple[str, list[str], list[str], float]] = [
+    ("row: random writes at least 0.5 x the overlay driver's", ["big.randwrite"], ["ours"], 2.0),
+    ("row: half-redirected, read at 0.7 x of plain", ["half.seqread"], ["@half.plain"], 1 / 0.7),
+    *(
+        demand for peer in ("kernel", "fuse-overlayfs") for demand in (
+            (f"row: first write 200 x faster than {peer}", ["firstwrite.cold"], [peer], 1 / 200),
+            (f"row: 1,000 commits 10 x faster than {peer}", ["db.delete", "db.wal", "db.walnormal"], [peer], 0.1),
+        )
+    ),
+]  # fmt: skip
 BOUNDS: list[tuple[str, float]] = [
     ("ready", 80), ("rss.idle", 20), ("rss.inode", 400), ("wakeups", 0), ("copyup.p99", 2),
 ]  # fmt: skip
 CHECK_ROWS = sorted(
-    {r for _, rows, _, _ in DEMANDS + AUFS_DEMANDS for r in rows}
+    {r for _, rows, _, _ in DEMANDS + AUFS_DEMANDS + ROW_DEMANDS for r in rows}
     | {r for r, _ in BOUNDS}
-    | {"lowers1.cold", "stat.branches2"}
+    | {"lowers1.cold", "stat.branches2", "half.plain"}
 )
 
 
@@ -153,6 +164,10 @@ def check(results: Results, peer: str = "ours") -> str:
         for key in rows:
             if key in results.rows and "ours-aufs" in results.present():
                 lines.append(_demand(results, "ours-aufs", what, key, against[0], limit))
+    for what, rows, against, limit in ROW_DEMANDS:
+        for key in rows:
+            if key in results.rows and "ours-row" in results.present():
+                lines.append(_demand(results, "ours-row", what, key, against[0], limit))
     for key, bound in BOUNDS:
         value = results.median(key, peer)
         if value is not None:
@@ -168,11 +183,13 @@ def _demand(results: Results, peer: str, what: str, key: str, against: str, limi
     if against.startswith("@"):
         theirs = results.median(against[1:], peer)
         ratio = mine / theirs if mine and theirs else None
+        if ratio and row.better == "higher":
+            ratio = 1 / ratio
     else:
         theirs, ratio = results.median(key, against), results.cost_ratio(key, peer, against)
     if ratio is None or mine is None or theirs is None:
         return f"| {what} | {row.title} | {cell(results, row, peer)} | | - | {limit:.2f} | not measured |"
     mark = "ok" if ratio <= limit else "OVER"
     return (
-        f"| {what} | {row.title} | {number(mine)} {row.unit} | {number(theirs)} | {ratio:.2f} | {limit:.2f} | {mark} |"
+        f"| {what} | {row.title} | {number(mine)} {row.unit} | {number(theirs)} | {ratio:.3g} | {limit:.3g} | {mark} |"
     )

@@ -160,6 +160,21 @@ class Stage:
                 os.fsync(out.fileno())
         return root
 
+    def database(self, mib: int) -> Path:
+        """A layer with a sqlite database `db` of 100,000 rows."""
+        import sqlite3
+
+        root = self.layers / f"database{mib}"
+        if not root.exists():
+            root.mkdir()
+            db = sqlite3.connect(root / "db")
+            db.execute("create table t (id integer primary key, v text)")
+            db.executemany("insert into t (v) values (?)", (("x" * (mib * 9),) for _ in range(100_000)))
+            db.commit()
+            db.close()
+            os.sync()
+        return root
+
     @cached_property
     def stdlib(self) -> Path:
         """Python's library, to be imported from the union."""

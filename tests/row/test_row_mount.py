@@ -104,6 +104,44 @@ def test_becomes_plain_when_all_is_redirected(row: Row) -> None:
     row.umount()
 
 
+def test_becomes_plain_at_the_next_open(row: Row) -> None:
+    """Nobody synced it."""
+    (row.lower / "f").write_bytes(content(MIB))
+    row.mount()
+    new = os.urandom(MIB)
+    poke(row.merged / "f", 0, new)
+    row.remount()
+    assert (row.merged / "f").read_bytes() == new
+    row.umount()
+    assert os.listdir(row.upper / ".wh..wh.row/maps") == []
+    assert (row.upper / "f").read_bytes() == new
+
+
+def test_metadata_copies_no_data(row: Row) -> None:
+    """Nor do renames, and cutting or growing a file."""
+    with open(row.lower / "f", "wb") as f:
+        for _ in range(8):
+            f.write(os.urandom(MIB))
+    model = (row.lower / "f").read_bytes()
+    row.mount()
+    f = row.merged / "f"
+    os.chmod(f, 0o640)
+    os.chown(f, 5, 6)
+    os.utime(f, (1, 2))
+    os.setxattr(f, "user.a", b"b")
+    os.rename(f, row.merged / "g")
+    os.truncate(row.merged / "g", 5 * MIB + 77)
+    os.truncate(row.merged / "g", 1 << 40)
+    assert sum(p.lstat().st_blocks * 512 for p in row.upper.rglob("*") if p.is_file()) <= 32 << 10
+    row.remount()
+    with open(row.merged / "g", "rb") as g:
+        assert g.read(8 * MIB) == model[: 5 * MIB + 77] + bytes(3 * MIB - 77)
+    st = os.stat(row.merged / "g")
+    assert (st.st_mode & 0o7777, st.st_uid, st.st_gid, st.st_size) == (0o640, 5, 6, 1 << 40)
+    row.umount()
+    assert row.fsck().returncode == 0
+
+
 def test_killed_server_loses_nothing(row: Row) -> None:
     model = content(MIB)
     (row.lower / "f").write_bytes(model)

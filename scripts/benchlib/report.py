@@ -64,10 +64,13 @@ ROW_DEMANDS: list[tuple[str, list[str], list[str], float]] = [
 BOUNDS: list[tuple[str, float]] = [
     ("ready", 80), ("rss.idle", 20), ("rss.inode", 400), ("wakeups", 0), ("copyup.p99", 2),
 ]  # fmt: skip
+# (the least load, the most): between them a row must not grow faster than fuse-overlayfs's
+GROWTH = [("lowers1.cold", "lowers128.cold"), ("clients1.cold", "clients8.cold"), ("dir1k.cold", "dir10k.cold")]
 CHECK_ROWS = sorted(
     {r for _, rows, _, _ in DEMANDS + AUFS_DEMANDS + ROW_DEMANDS for r in rows}
     | {r for r, _ in BOUNDS}
-    | {"lowers1.cold", "stat.branches2", "half.plain"}
+    | {r for rows in GROWTH for r in rows}
+    | {"stat.branches2", "half.plain"}
 )
 
 
@@ -168,6 +171,10 @@ def check(results: Results, peer: str = "ours") -> str:
         for key in rows:
             if key in results.rows and "ours-row" in results.present():
                 lines.append(_demand(results, "ours-row", what, key, against[0], limit))
+    for least, most in GROWTH:
+        mine, theirs = _growth(results, peer, least, most), _growth(results, "fuse-overlayfs", least, most)
+        if mine and theirs:
+            lines.append(_growth_line(results, most, mine, theirs))
     for key, bound in BOUNDS:
         value = results.median(key, peer)
         if value is not None:
@@ -175,6 +182,20 @@ def check(results: Results, peer: str = "ours") -> str:
             mark = "ok" if value <= bound else "OVER"
             lines.append(f"| bound | {row.title} | {number(value)} {row.unit} | | | {bound} {row.unit} | {mark} |")
     return "\n".join(lines) + "\n"
+
+
+def _growth(results: Results, peer: str, least: str, most: str) -> float | None:
+    first, last = results.median(least, peer), results.median(most, peer)
+    return last / first if first and last else None
+
+
+def _growth_line(results: Results, most: str, mine: float, theirs: float) -> str:
+    ratio = mine / theirs
+    mark = "ok" if ratio <= 1 else "OVER"
+    return (
+        f"| growth: no faster than fuse-overlayfs | {results.rows[most].title} | {mine:.2f} x | {theirs:.2f} x "
+        f"| {ratio:.2f} | 1.00 | {mark} |"
+    )
 
 
 def _demand(results: Results, peer: str, what: str, key: str, against: str, limit: float) -> str:

@@ -226,6 +226,19 @@ class OursRow(Ours):
         return cwd, [*argv[:2], "--driver", "row", *argv[2:]]
 
 
+class OursGuarded(Ours):
+    """What it costs that the mount outlives its server."""
+
+    def __init__(self) -> None:
+        super().__init__("ours-guard", "direct", "auto")
+        self.label = "unionfs guard"
+        self.options = "-o guard=on"
+
+    def command(self, lowers: list[Path], upper: Path | None, work: Path, mnt: Path) -> tuple[Path, list[str]]:
+        place, argv = super().command(lowers, upper, work, mnt)
+        return place, [*argv[:-1], "-o", "guard=on", argv[-1]]
+
+
 class OursAufs(Ours):
     """The aufs driver; with `create` two branches are writable (the second one is the work directory)."""
 
@@ -254,6 +267,7 @@ def known() -> list[Peer]:
         Ours("ours-cached", "direct", "cached"),
         Ours("ours-passthrough", "direct", "passthrough"),
         Ours("ours-pyfuse3", "pyfuse3", "-"),
+        OursGuarded(),
         OursAufs("ours-aufs"),
         OursAufs("ours-aufs-mfs", "mfs"),
         OursRow(),

@@ -230,6 +230,7 @@ class Server:
         self._stopping = False
         self._problem: MountError | None = None
         self._own_log = ""
+        self._new_log = os.O_TRUNC  # what a dead server left there is not ours
 
     def run(self) -> int:
         os.umask(0)  # the core applies each request's own
@@ -309,7 +310,7 @@ class Server:
         self._control = control
         if not self._config.foreground and "log" not in self._config.options:
             log = control.path + ".log"
-            fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            fd = os.open(log, os.O_WRONLY | os.O_CREAT | self._new_log | os.O_APPEND | os.O_CLOEXEC, 0o600)
             os.dup2(fd, 2)
             os.close(fd)
             self._own_log = log

@@ -27,6 +27,8 @@ class Worker(Server):
         super().__init__(supervisor.config, supervisor.ops, supervisor.fd, tell, supervisor.make_session())
         self._supervisor = supervisor
         self._upgrading = False
+        if supervisor.device:
+            self._new_log = 0  # why the last worker died is in it
 
     def run(self) -> int:
         try:

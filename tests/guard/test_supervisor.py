@@ -104,6 +104,11 @@ def gone(pid: int) -> bool:
         return True
 
 
+def stopped(pid: int) -> bool:
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return all((task / "stat").read_text().rpartition(")")[2].split()[0] in "Tt" for task in tasks)
+
+
 def test_death_of_the_supervisor_unmounts(union: Union) -> None:
     worker = union.mount().pid()
     supervisor = supervisor_of(worker)
@@ -171,6 +176,7 @@ def test_crash_loop_ends_in_eio_with_the_reason(union: Union) -> None:
 def test_worker_that_hangs_is_replaced(union: Union) -> None:
     worker = union.mount("guard_deadline=0.5").pid()
     os.kill(worker, signal.SIGSTOP)
+    wait_for(lambda: stopped(worker), "all its threads stop")
     os.mkdir(union.merged / "made")
     assert gone(worker)
     assert "hangs" in union.log()

@@ -123,6 +123,20 @@ def test_layers_are_shared_and_go_last(open_layers: Opener, tmp_path: Path) -> N
     assert len(images.remove("c")) == 2 and store.layers() == []
 
 
+def test_fsck_finds_images_and_containers_without_layers(open_layers: Opener, tmp_path: Path) -> None:
+    store = open_layers("overlay")
+    images = Images(store)
+    containers = Containers(store, images)
+    images.load(layout(tmp_path / "in", BASE), "a")
+    container = containers.create("a", "c")
+    store.remove(container.layer)
+    store.remove(images.get("a").layer)
+    assert len(store.fsck()) == 2
+    said = "\n".join(store.fsck(repair=True))
+    assert "removed: image a:latest" in said and "removed: container" in said
+    assert store.fsck() == [] and images.all() == [] and containers.all() == []
+
+
 def test_layer_that_needs_its_parent_waits_for_it(open_layers: Opener, tmp_path: Path) -> None:
     """Unpacked side by side, a layer that leaves out a directory takes its attributes from the parent all the same."""
     store = open_layers("overlay")

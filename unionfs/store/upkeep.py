@@ -101,11 +101,25 @@ class Upkeep(Content):
                 if repair:
                     for name in missing:
                         os.makedirs(os.path.join(path, name), 0o755)
+        found += self._dangling(repair)
         garbage = set(os.listdir(self._layers)) - named - self._making
         found += [f"{self._layers}/{name}: belongs to no layer (cleanup removes it)" for name in sorted(garbage)]
         if repair:
             found += [f"removed: layer {row['id']}" for row in lost if self._give_up(row)]
             found += [f"removed: {path}" for path in self.cleanup()]
+        return found
+
+    def _dangling(self, repair: bool) -> list[str]:
+        """Images and containers whose layer is not there."""
+        found = []
+        for table, key, noun in (("images", "name", "image"), ("containers", "id", "container")):
+            missing = "layer != '' AND layer NOT IN (SELECT id FROM layers)"
+            for row in self.db.rows(f"SELECT {key}, layer FROM {table} WHERE {missing}"):
+                found.append(f"{noun} {row[0]}: its layer {row['layer']} is gone")
+                if repair:
+                    with self.db.transaction(durable=True) as db:
+                        db.execute(f"DELETE FROM {table} WHERE {key} = ?", (row[0],))
+                    found.append(f"removed: {noun} {row[0]}")
         return found
 
     def _give_up(self, row: sqlite3.Row) -> bool:

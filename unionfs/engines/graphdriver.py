@@ -25,6 +25,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -279,8 +280,11 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
 
 
 async def _answer(handler: Callable[[Request], Awaitable[Response]], request: Request) -> Response:
+    start = time.monotonic()
     try:
-        return await handler(request)
+        response = await handler(request)
+        log.debug("%s: %.1f ms", request.url.path, (time.monotonic() - start) * 1000)
+        return response
     except StoreError as error:
         log.log(logging.DEBUG if isinstance(error, (NotFound, Exists)) else logging.WARNING, "%s", error)
         return _reply({"Err": str(error)}, error.status)

@@ -7,6 +7,7 @@ turn. A round asks each storage in turn for every row, beginning with another on
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import platform
@@ -22,10 +23,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 
+import unionfs
 from engines import harness
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = Path(sys.executable).parent
+PROGRAMS = Path(sys.executable).parent  # bytecode beside the sources, as pip leaves it, or start-up is not what it is
 PLUGINS = Path("/run/docker/plugins")
 DOCKER = "/usr/bin/docker" if os.path.exists("/usr/bin/docker") else "docker"
 
@@ -200,6 +202,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     if os.geteuid():
         sys.exit("bench-engines: the engines need root")
+    compileall.compile_dir(Path(unionfs.__file__).parent, quiet=1)
     base = harness.debian_tarball()
     root = Path(tempfile.mkdtemp(prefix="bench-engines-", dir=args.dir))
     results: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -211,6 +214,7 @@ def main(argv: list[str]) -> int:
         harness.sweep(root)
     head = {
         "date": time.strftime("%Y-%m-%d"), "rounds": args.rounds, "note": args.note, "big_mib": args.big,
+        "load": f"{os.getloadavg()[1]:.1f}",
         "machine": f"{os.cpu_count()} CPUs, Linux {platform.release()}, Python {platform.python_version()}",
         "versions": versions(), "plugin_options": args.storage_opt, "roots": used,
     }  # fmt: skip
@@ -272,7 +276,7 @@ def versions() -> dict[str, str]:
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "unionfs": commit.stdout.strip() or "?",
-        "fuse-overlayfs": harness.run("fuse-overlayfs", "--version").splitlines()[0].split()[-1],
+        "fuse-overlayfs": harness.run("fuse-overlayfs", "--version").partition("overlayfs: version ")[2].split()[0],
         "podman": harness.run("podman", "--version").split()[-1],
         "docker": harness.run("dockerd", "--version").split()[2].rstrip(","),
     }
@@ -281,7 +285,7 @@ def versions() -> dict[str, str]:
 def table(head: dict[str, object], results: dict[str, dict[str, dict[str, list[float]]]]) -> str:
     lines = [
         f"Measured on {head['date']}: {head['machine']}; medians of {head['rounds']} interleaved rounds ± half the "
-        "distance between the quartiles; everything on one disk.",
+        f"distance between the quartiles; everything on one disk; load average {head['load']}.",
         ", ".join(f"{key} {value}" for key, value in head["versions"].items())  # type: ignore[attr-defined]
         + (f"; plugin options {head['plugin_options']}" if head["plugin_options"] else "") + ".",
     ]  # fmt: skip

@@ -23,8 +23,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 
-import unionfs
 from engines import harness
+
+import unionfs
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(sys.executable).parent  # bytecode beside the sources, as pip leaves it, or start-up is not what it is

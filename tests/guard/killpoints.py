@@ -31,6 +31,10 @@ CHANGES = frozenset((
 ))  # fmt: skip
 
 
+# Functions whose end is a point.
+STEPS = frozenset(("_entry", "answer", "settle", "write", "rewrite", "keep", "begin", "note", "set_pin", "_settle"))
+
+
 class Control:
     def __init__(self, path: str | Path) -> None:
         with open(path, "r+b") as file:
@@ -52,9 +56,10 @@ class Points:
 
     def begin(self, opcode: int) -> None:
         words = self._words
-        if words[ARM] and words[OPCODE] == opcode and sys.gettrace() is None:
+        if words[ARM] and words[OPCODE] == opcode and sys.getprofile() is None:
             words[COUNT] = 0
-            sys.settrace(self._trace)
+            if opcode != RECOVERY:  # which reads the journal in loops; where it writes there is a system call near
+                sys.settrace(self._trace)
             sys.setprofile(self._profile)
 
     def fail(self, opcode: int) -> None:
@@ -99,7 +104,7 @@ class Points:
                 self._reached(frame)
         elif event == "return":
             code = frame.f_code
-            if code.co_filename.endswith("unionfs/sysio.py") or code.co_name in ("_entry", "answer", "settle"):
+            if code.co_filename.endswith("unionfs/sysio.py") or code.co_name in STEPS:
                 self._reached(frame)
 
 

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 BIG = 100_000  # bytes: a change of its metadata is a metacopy
 USER = 12345
 STEP = int(os.environ.get("UNIONFS_POINTS_STEP", "3"))  # 1: every point; in CI a third of them is enough
-DIRECTORIES = 2700 // STEP  # each death takes one
+DIRECTORIES = 6000 // STEP  # each death takes one
 
 
 class Union:
@@ -710,3 +710,29 @@ def test_death_at_every_point(union: Union, make: type[Case]) -> None:
             assert words[COUNT] > 2, "the request never came"
             break
         point += STEP
+
+
+@pytest.mark.parametrize(
+    "make", [Create, MkdirOverWhiteout, LinkOfLower, UnlinkOfLowerLink, RenameOver, Exchange, RemoveXattr, WriteToLink]
+)
+@pytest.mark.parametrize("point", [6, 16])
+def test_death_in_the_recovery(union: Union, make: type[Case], point: int) -> None:
+    """The successor dies too while it takes over; the one after it settles all."""
+    words = union.control.words
+    # Inodes with several names are looked at in each recovery, so that the rounds before make it longer.
+    for again in range(1 + zlib.crc32(make.__name__.encode()) % STEP, 40, STEP):
+        case = make()
+        home = union.fresh()
+        case.before(home)
+        deaths = words[DEATHS]
+        union.control.arm(point, make.opcode, again)
+        try:
+            case.call(home)
+            died = words[DEATHS] - deaths
+            words[ARM] = 0
+            case.after(home)
+        except (OSError, AssertionError) as error:
+            error.add_note(f"killed at {point}, then at {again}, line {words[LINE]}; the log begins: {union.log()}")
+            raise
+        if died < 2:
+            break

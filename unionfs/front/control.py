@@ -236,7 +236,7 @@ def sweep(directory: str) -> None:
 
 def _is_refused(path: str) -> bool:
     try:
-        _connect_path(path).close()
+        _connect_path(path, wait=False).close()
     except (ConnectionRefusedError, FileNotFoundError):
         return True
     except OSError:
@@ -259,8 +259,10 @@ def _connect(device: int) -> _socket.socket:
     raise MountError(f"no unionfs server of yours answers for it{refused}", EXIT_NOT_OURS)
 
 
-def _connect_path(path: str) -> _socket.socket:
+def _connect_path(path: str, wait: bool = True) -> _socket.socket:
+    """Without `wait`: BlockingIOError where a server does not take up those who ask already."""
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    connection.setblocking(wait)
     try:
         connection.connect(path)
     except BaseException:

@@ -287,6 +287,22 @@ def test_watches_go_with_their_directories(make_aufs: Make) -> None:
     assert (u / "d7/new").read_text() == "new"
 
 
+def test_natively_read_only_branches_are_not_watched(make_aufs: Make) -> None:
+    """rr promises that nobody can change it; a change of the permission makes it a branch like any other."""
+    u = make_aufs()
+    u.branch_dir("img", {f"d{i}/f": "x" for i in range(20)})
+    u.mount("a=rw", "img=rr", options="udba=notify")
+    look(u.merged)
+    assert int(str(outside(u)["watches"])) < 20 and outside(u)["unwatched"] == []
+    replace(u.base / "a/d2/new", "seen")
+    settle(u, "notify", lambda: (u / "d2/new").read_text() == "seen", "the other branch's file")
+    assert int(str(outside(u)["watches"])) < 20
+    u.change(("mod", None, "img", "ro"))
+    look(u.merged)
+    (u.base / "img/d3/f").write_text("looked for")
+    settle(u, "notify", lambda: (u / "d3/f").read_text() == "looked for", "the branch's own file")
+
+
 LIMITED = """
 import os, subprocess, sys, time
 unionfs, base = sys.argv[1:]

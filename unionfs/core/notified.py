@@ -16,6 +16,7 @@ import errno
 import os
 import threading
 import traceback
+from _queue import SimpleQueue
 from stat import S_ISREG
 from time import sleep
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+NATIVELY_READ_ONLY = "rr"  # a layer that nobody can change: not watched
 OWN_KEPT = 20_000  # names changed by ourselves whose events are awaited
 STOP_WAIT = 5.0  # seconds; the kernel may keep a notice waiting for a request that nobody answers any more
 LINGER = 0.001  # seconds that events gather: a burst is one look
@@ -42,16 +44,23 @@ class NotifiedUnion(OutsideUnion):
         self.watches = Watches()
         self._expected: dict[tuple[int, bytes], bool] = {}  # (directory, name) → is it there, as we left it
         self._thread = threading.Thread(target=self._take_events, name="unionfs-inotify", daemon=True)
+        # What an operation has found is told by another thread: the kernel may hold a directory's lock for the very
+        # request that the operation answers, and the notice waits for that lock.
+        self._news: SimpleQueue[tuple[list[tuple[int, bytes]], list[Dir], list[Dir]] | None] = SimpleQueue()
+        self._teller = threading.Thread(target=self._tell_news, name="unionfs-tell", daemon=True)
         super().__init__(driver)
 
     def start(self, notifier: Notifier) -> None:
         super().start(notifier)
         self._thread.start()
+        self._teller.start()
 
     def stop(self) -> None:
         self.watches.stop()
-        if self._thread.is_alive():
-            self._thread.join(STOP_WAIT)
+        self._news.put(None)
+        for thread in (self._thread, self._teller):
+            if thread.is_alive():
+                thread.join(STOP_WAIT)
         super().stop()
         if not self._thread.is_alive():
             self.watches.close()
@@ -62,7 +71,7 @@ class NotifiedUnion(OutsideUnion):
         live = self.watches.live
         for ldir in d.ldirs:
             watch = ldir.watch
-            if watch is None or watch.wd not in live:
+            if (watch is None or watch.wd not in live) and ldir.layer.permission != NATIVELY_READ_ONLY:
                 return False
         return True
 
@@ -97,7 +106,9 @@ class NotifiedUnion(OutsideUnion):
         return True
 
     def _watch_all(self, d: Dir) -> bool:
-        return all([self.watches.cover(ldir, d.id) for ldir in d.ldirs])
+        return all([
+            ldir.layer.permission == NATIVELY_READ_ONLY or self.watches.cover(ldir, d.id) for ldir in d.ldirs
+        ])  # fmt: skip
 
     def _copy_up_dir(self, d: Dir, into: LDir) -> LDir:
         made = super()._copy_up_dir(d, into)
@@ -107,7 +118,12 @@ class NotifiedUnion(OutsideUnion):
 
     def _covered_but(self, d: Dir, made: LDir) -> bool:
         live = self.watches.live
-        return all(ldir is made or (ldir.watch is not None and ldir.watch.wd in live) for ldir in d.ldirs)
+        return all(
+            ldir is made
+            or ldir.layer.permission == NATIVELY_READ_ONLY
+            or (ldir.watch is not None and ldir.watch.wd in live)
+            for ldir in d.ldirs
+        )
 
     # --- what we change ourselves ---
 
@@ -239,7 +255,7 @@ class NotifiedUnion(OutsideUnion):
                     news = self._renew_all(suspects)
             except MountError:  # an operation runs and runs
                 continue
-            self._tell(*news)
+            self._notify_kernel(*news)
             return
 
     def _everything(self) -> None:
@@ -258,6 +274,17 @@ class NotifiedUnion(OutsideUnion):
                 self.notifier.invalidate_inode(node.id)
 
     def _tell(self, lost: list[tuple[int, bytes]], touched: list[Dir], changed: list[Dir]) -> None:
+        self._news.put((lost, touched, changed))
+
+    def _tell_news(self) -> None:
+        while (news := self._news.get()) is not None:
+            try:
+                self._notify_kernel(*news)
+            except Exception:  # then the kernel may know what is not so: it has to ask again for all
+                traceback.print_exc()
+                self._everything()
+
+    def _notify_kernel(self, lost: list[tuple[int, bytes]], touched: list[Dir], changed: list[Dir]) -> None:
         notifier = self.notifier
         if notifier is None:
             return

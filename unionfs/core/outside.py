@@ -213,10 +213,10 @@ class OutsideUnion(LiveUnion):
 
     def lookup(self, parent: int, name: bytes) -> Entry | None:
         p = self._dir(parent)
-        if self._covered(p):
-            return super().lookup(parent, name)
-        found = self._find(p, name)
         node = p.children.get(name)
+        if self._covered(p):
+            return self._lookup_covered(p, name, node)
+        found = self._find(p, name)
         if node is not None and node.id and not self._still(p, node, found):
             raise Outdated(p, name)
         if found is None:
@@ -228,6 +228,18 @@ class OutsideUnion(LiveUnion):
             st = self._stat(node)
             if not isinstance(node, Dir) and not self._is_file(node, st):
                 raise Outdated(p, name)
+        return self._entry(node, st)
+
+    def _lookup_covered(self, p: Dir, name: bytes, node: Node | None) -> Entry | None:
+        """What was told is known; what is about to be told may show: never another file's attributes as the node's."""
+        if node is None or not node.id or isinstance(node, Dir):
+            return super().lookup(p.id, name)
+        try:
+            st = self._stat(node)
+        except FileNotFoundError:
+            raise Outdated(p, name) from None
+        if not self._is_file(node, st):
+            raise Outdated(p, name)
         return self._entry(node, st)
 
     def getattr(self, nodeid: int) -> Attr:
@@ -291,10 +303,9 @@ class OutsideUnion(LiveUnion):
         return super()._dir_nlink(node, nlink)
 
     def _attr(self, node: Node, st: Any) -> Attr:
-        if node.kind == S_IFDIR or self._is_file(node, st):
-            self.seen[node.id] = (st.st_dev, st.st_ino, st.st_ctime_ns)
-        elif S_ISDIR(st.st_mode):
-            raise fail(errno.ENOENT, node.name)  # this very moment; the next access finds the directory
+        if node.kind != S_IFDIR and not self._is_file(node, st):
+            raise fail(errno.ENOENT, node.name)  # since this very moment; the next access finds what took its place
+        self.seen[node.id] = (st.st_dev, st.st_ino, st.st_ctime_ns)
         return super()._attr(node, st)
 
     def _open_data(self, node: Node, write: bool) -> OpenFile:

@@ -171,7 +171,7 @@ def containers_environment(root: Path, program: Path, data: Path | None = None, 
     (root / "containers.conf").write_text(
         f'[engine]\nruntime = "runc"\ncgroup_manager = "cgroupfs"\nevents_logger = "none"\n'
         f'tmp_dir = "{data}/tmp"\nlock_type = "file"\n'
-        '[containers]\nnetns = "none"\n'
+        '[containers]\nnetns = "none"\ndefault_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]\n'
     )
     return {
         **os.environ,

@@ -94,6 +94,14 @@ class Docker:
         return int(dict(status)["Layers"])
 
 
+def wait_until_empty(docker: Docker) -> None:
+    """dockerd may take a moment to let go of what it has just removed."""
+    deadline = time.monotonic() + 15
+    while docker.layers and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert docker.layers == 0
+
+
 def end(process: subprocess.Popen[bytes], how: int) -> None:
     process.send_signal(how)
     try:
@@ -149,7 +157,7 @@ def docker(scratch: Path, plugin_socket: None, debian: Path, request: pytest.Fix
         for container in docker("ps", "--all", "--quiet").split():
             docker("rm", "--force", container)
         docker("system", "prune", "--all", "--force")
-        assert docker.layers == 0
+        wait_until_empty(docker)
         docker.stop()
         docker.stop_plugin()
     finally:
@@ -226,7 +234,7 @@ def test_build_save_load(docker: Docker, debian: Path) -> None:
     docker("save", "--output", archive, "built:1", "base:1")
     docker("rmi", "--force", "built:1", "base:1")
     docker("system", "prune", "--all", "--force")
-    assert docker.layers == 0
+    wait_until_empty(docker)
     docker("load", "--input", archive)
     assert docker("inspect", "--format", "{{json .RootFS.Layers}}", "built:1") == layers
     check_built(docker, "built:1")

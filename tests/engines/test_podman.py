@@ -81,7 +81,7 @@ dpkg --status less cpio libsigsegv2 | grep Status
 dpkg --verify less cpio libsigsegv2
 less --version >/dev/null
 readlink -e /usr/bin/pager >/dev/null
-ldconfig -p | grep -q libgdbm
+ldconfig -p | grep -q libsigsegv
 test -e /etc/debian_version || echo gone
 test -z "$(ls /usr/share/common-licenses)"
 test "$(stat -c %a /srv)" = 700

@@ -354,16 +354,17 @@ class CopyUp(Placement):
             # While names come and go the count is that of the lower inode: true whenever we die.
             self.driver.set_nlink_delta(fd_path(work.open(), tmp), links - st.st_nlink, of_lower=True)
             self._link_index(work, tmp, index, entry)
+            delta = links - 2  # two names in upper now: the index entry and this one
+            published = False
             try:
                 self.driver.publish(work, tmp, into, node.name, False)
+                published = True
+                self.driver.set_nlink_delta(fd_path(index.open(), entry), delta)
             except BaseException:
+                if published:  # counted by the lower inode it must not stay: names of the copy may go next
+                    os.unlink(node.name, dir_fd=into.open().n)
                 os.unlink(entry, dir_fd=index.open().n)
                 raise
-            delta = links - 2  # two names in upper now: the index entry and this one
-            try:
-                self.driver.set_nlink_delta(fd_path(index.open(), entry), delta)
-            except OSError:
-                pass  # the mark that it has is right too
         self.driver.index_added(index, entry)
         more = node.extra()
         more.index = entry

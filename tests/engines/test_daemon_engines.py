@@ -140,6 +140,8 @@ def test_docker_containerd_and_people_at_one_daemon(served: Served, busybox: Pat
         "hand",
     ]
     assert served.run("busybox:2", "cat /new", "--rm") == "by docker"
+    # containerd takes its time to connect anew: until then it says "connection closed: unavailable"
+    wait_for(lambda: "KEY" in served.ctr("snapshots", "--snapshotter", "unionfs", "ls"))
     assert served.ctr(*run, "two", "/bin/sh", "-c", "echo again") == "again"
 
     served("rm", "--force", "box", "long")

@@ -169,3 +169,20 @@ def test_close_ends_serving(server: control.ControlServer) -> None:
     with pytest.raises(MountError):
         results.append(control.ask(MOUNT, "echo", 30))
     assert results == []
+
+
+def test_a_stopped_server_holds_up_nobody_for_ever(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its queue is full and it takes nobody from it: connect(2) would wait for as long as it is stopped."""
+    monkeypatch.setattr(control, "CONNECT_WAIT", 1)
+    path = control.socket_path(directory, 77)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stopped:
+        stopped.bind(path)
+        stopped.listen(0)
+        waiting = []
+        try:
+            with pytest.raises(MountError, match="temporarily unavailable"):
+                for _ in range(5):
+                    waiting.append(control.Connection(77))
+        finally:
+            for connection in waiting:
+                connection.close()

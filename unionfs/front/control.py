@@ -16,6 +16,7 @@ from __future__ import annotations
 import _socket
 import os
 import stat
+import sys
 import threading
 import time
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_REQUEST = 1 << 20
 MAX_DIRECTORY = 70  # struct sockaddr_un takes 107 bytes
+CONNECT_WAIT = 5  # seconds that a client stands in the queue of a server that may have been stopped
 UNFINISHED_FOR = 60.0  # seconds after which a socket that has not got its name yet is a dead server's
 CLIENT_TIMEOUT = 30.0  # a stuck client holds no more than one thread, and not for ever
 
@@ -260,9 +262,10 @@ def _connect(device: int) -> _socket.socket:
 
 
 def _connect_path(path: str, wait: bool = True) -> _socket.socket:
-    """Without `wait`: BlockingIOError where a server does not take up those who ask already."""
+    """BlockingIOError where a server does not take up those who ask already: at once, or after CONNECT_WAIT."""
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
     connection.setblocking(wait)
+    connection.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDTIMEO, CONNECT_WAIT.to_bytes(8, sys.byteorder) + bytes(8))
     try:
         connection.connect(path)
     except BaseException:

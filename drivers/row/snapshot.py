@@ -82,12 +82,7 @@ class Mounted:
     def delete(self, names: list[str]) -> None:
         driver = self.driver
         assert driver.chain is not None
-        chain = driver.chain.copy()
-        for name in names:
-            chain.snapshots.remove(chain.find(name))
-        drop(chain)
-        chain.save()
-        driver.chain = chain
+        driver.chain = save_without(driver.chain, names)
         self.clean()
 
     def _switch(self, chain: Chain, number: int, looks: Layer, below: list[Layer] | None) -> None:
@@ -141,13 +136,8 @@ class Unmounted:
         return row(target)
 
     def delete(self, names: list[str]) -> None:
-        chain = self.chain.copy()
-        for name in names:
-            chain.snapshots.remove(chain.find(name))
-        drop(chain)
-        chain.save()
-        self.chain = chain
-        clean(chain, lambda _: False)
+        self.chain = save_without(self.chain, names)
+        clean(self.chain, lambda _: False)
 
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -155,6 +145,16 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 def row(s: Snapshot) -> dict[str, Any]:
     return {"name": s.name, "id": s.id, "layer": s.layer, "created": s.created}
+
+
+def save_without(chain: Chain, names: list[str]) -> Chain:
+    """The chain without these snapshots and what only they needed, on disk. The one given stays as it is."""
+    chain = chain.copy()
+    for name in names:
+        chain.snapshots.remove(chain.find(name))
+    drop(chain)
+    chain.save()
+    return chain
 
 
 def drop(chain: Chain) -> None:

@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -157,22 +156,13 @@ def process(words: list[str | Path], log: Path, where: Path) -> Iterator[None]:
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
-        while not answers(where):
+        while not harness.answers(where):
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         yield
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
-
-
-def answers(where: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(where))
-        except OSError:
-            return False
-    return True
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tarfile
 import tempfile
@@ -53,6 +54,16 @@ def run(
     if check and process.returncode:
         raise AssertionError(f"{' '.join(map(str, argv))}\nexited {process.returncode}\n{out}\n{err}")
     return out.strip()
+
+
+def answers(path: Path) -> bool:
+    """Whether somebody listens on the unix socket."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 def mounts_below(root: Path) -> list[str]:

@@ -19,7 +19,7 @@ import pytest
 
 from . import harness
 from .conftest import needs
-from .test_docker_plugin import answers, end, wait_for
+from .test_docker_plugin import end, wait_for
 
 BUSYBOX = Path("/bin/busybox")
 UNIONFS = Path(sys.executable).with_name("unionfs")
@@ -53,12 +53,14 @@ class Containerd:
             UNIONFS, "plugin", "containerd", "--debug", "--data-root", self.root / "data",
             "--storage-driver", self.driver, "--socket", self.root / "snapshotter.sock",
         )
-        wait_for(lambda: answers(self.root / "snapshotter.sock"), self.plugin, self.root / "log")
+        wait_for(lambda: harness.answers(self.root / "snapshotter.sock"), self.plugin, self.root / "log")
 
     def start(self) -> None:
         self.daemon = self._start("containerd", "--config", self.root / "config.toml")
         wait_for(
-            lambda: answers(self.root / "containerd.sock") and bool(self("version")), self.daemon, self.root / "log"
+            lambda: harness.answers(self.root / "containerd.sock") and bool(self("version")),
+            self.daemon,
+            self.root / "log",
         )
 
     def _start(self, *argv: str | Path) -> subprocess.Popen[bytes]:

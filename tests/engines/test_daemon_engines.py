@@ -17,7 +17,7 @@ import pytest
 from . import harness
 from .conftest import needs
 from .test_docker import release_data_root
-from .test_docker_plugin import SOCKET, Docker, answers, end, plugin_socket, wait_for
+from .test_docker_plugin import SOCKET, Docker, end, plugin_socket, wait_for
 
 __all__ = ["plugin_socket"]  # the fixture
 
@@ -53,7 +53,7 @@ class Served(Docker):
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         sockets = (SOCKET, self.root / "rest.sock", self.root / "snapshots.sock")
-        wait_for(lambda: all(map(answers, sockets)), self.plugin, self.root / "plugin-log")
+        wait_for(lambda: all(map(harness.answers, sockets)), self.plugin, self.root / "plugin-log")
 
     def start_containerd(self) -> None:
         (self.root / "containerd.toml").write_text(CONFIG.format(root=self.root))

@@ -59,7 +59,7 @@ class Docker:
                 [UNIONFS, "plugin", "docker", "--debug", *arguments],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )
-        wait_for(lambda: answers(SOCKET), self.plugin, self.root / "plugin-log")
+        wait_for(lambda: harness.answers(SOCKET), self.plugin, self.root / "plugin-log")
 
     def stop_plugin(self, how: int = signal.SIGTERM) -> None:
         assert self.plugin is not None
@@ -75,7 +75,7 @@ class Docker:
                 ],
                 env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )
-        wait_for(lambda: answers(self.root / "socket") and bool(self("version")), self.daemon, self.log)
+        wait_for(lambda: harness.answers(self.root / "socket") and bool(self("version")), self.daemon, self.log)
 
     def stop(self, how: int = signal.SIGTERM) -> None:
         assert self.daemon is not None
@@ -112,15 +112,6 @@ def end(process: subprocess.Popen[bytes], how: int) -> None:
         raise AssertionError(f"{process.args!r} did not stop") from None
 
 
-def answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True
-
-
 def wait_for(
     condition: Callable[[], bool], process: subprocess.Popen[bytes] | None = None, log: Path = Path("/dev/null")
 ) -> None:
@@ -142,7 +133,7 @@ def plugin_socket() -> Iterator[None]:
     with open(SOCKET.parent / "unionfs-test.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         SOCKET.with_suffix(".sock.init").unlink(missing_ok=True)
-        assert not answers(SOCKET), f"a plugin serves {SOCKET} already: stop it to run these tests"
+        assert not harness.answers(SOCKET), f"a plugin serves {SOCKET} already: stop it to run these tests"
         yield
 
 

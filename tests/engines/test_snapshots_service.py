@@ -21,7 +21,7 @@ import pytest
 from unionfs.engines.snapshots_proto import KINDS, MESSAGES, METHODS, SERVICE
 
 from . import harness
-from .test_docker_plugin import answers, end, wait_for
+from .test_docker_plugin import end, wait_for
 
 UNIONFS = Path(sys.executable).with_name("unionfs")
 CODE = grpc.StatusCode
@@ -41,7 +41,7 @@ class Client:
                  "--storage-opt", "sync=off", "--socket", socket],
                 stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
-        wait_for(lambda: answers(socket), self.process, log)
+        wait_for(lambda: harness.answers(socket), self.process, log)
         self.channel = grpc.insecure_channel(f"unix:{socket}")
 
     def stop(self, how: int = signal.SIGTERM) -> None:
